@@ -1,0 +1,11 @@
+"""The code behind the notebooks: one module per survey subsection, plus the spine that all chapters share.
+
+The spine, in the order in which a result travels through it: `profiles` (sizes and budgets), `tasks` (texts, labels,
+tokens), `bert` (the model and its matrices), `training`, `baseline` (fine-tuned once, cached), `costs` and `metrics`
+(the ruler), `artifacts` (what is shipped), `board` (one row per result), `claims` (verdicts on the surveys' statements),
+`catalogue`, `notebooks` (weave and run) and `cli` (the `companion` command).
+"""
+
+
+class CompanionError(ValueError):
+    """A mistake that the user can mend; the message says how. The command prints it without a traceback."""

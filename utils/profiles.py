@@ -1,0 +1,87 @@
+"""Every size, step count and seed of the suite, in one table.
+
+A profile fixes how much work a chapter does. `smoke` proves that everything runs (its numbers mean nothing), `cpu` gives
+real results on two cores, `gpu` uses all data, more seeds and longer texts.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from utils import CompanionError
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Sizes and budgets of one profile. Steps are optimiser steps, sizes are sentences, lengths are tokens."""
+
+    name: str
+    train_size: int | None  # None: all
+    validation_size: int | None
+    max_length: int
+    batch_size: int
+    baseline_steps: int
+    baseline_learning_rate: float
+    recovery_steps: int  # the one budget that every method gets after (or while) it compresses
+    recovery_learning_rate: float
+    claim_steps: int  # recovery budget inside a claim that repeats trainings over seeds
+    seeds: tuple[int, ...]  # the unit of every claim that compares trainings
+    calibration_size: int  # sentences that a method may look at to score weights
+    sparsities: tuple[float, ...]  # grid of the accuracy-over-sparsity curves
+    lengths: tuple[int, ...]  # token lengths of the cost breakdown
+    latency_seconds: float  # measuring time per model, batch size and round
+    latency_rounds: int  # interleaved rounds: baseline, model, baseline, model, ...
+
+
+PROFILES = {
+    "smoke": Profile(
+        name="smoke", train_size=128, validation_size=96, max_length=32, batch_size=16,
+        baseline_steps=6, baseline_learning_rate=2e-4, recovery_steps=2, recovery_learning_rate=1e-4,
+        claim_steps=2, seeds=(0,), calibration_size=16, sparsities=(0.0, 0.5, 0.9),
+        lengths=(32, 64), latency_seconds=0.01, latency_rounds=1,
+    ),
+    "cpu": Profile(
+        name="cpu", train_size=None, validation_size=None, max_length=64, batch_size=32,
+        baseline_steps=400, baseline_learning_rate=2e-4, recovery_steps=60, recovery_learning_rate=1e-4,
+        claim_steps=40, seeds=(0, 1, 2), calibration_size=256, sparsities=(0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+        lengths=(32, 128, 256, 512), latency_seconds=0.15, latency_rounds=3,
+    ),
+    "gpu": Profile(
+        name="gpu", train_size=None, validation_size=None, max_length=128, batch_size=32,
+        baseline_steps=600, baseline_learning_rate=1e-4, recovery_steps=400, recovery_learning_rate=5e-5,
+        claim_steps=200, seeds=(0, 1, 2, 3, 4), calibration_size=1024,
+        sparsities=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+        lengths=(32, 128, 256, 512), latency_seconds=0.3, latency_rounds=5,
+    ),
+}  # fmt: skip
+
+
+def default_name() -> str:
+    """Name of the profile a notebook uses when nobody says otherwise: $COMPANION_PROFILE, else `cpu`."""
+    return os.environ.get("COMPANION_PROFILE") or "cpu"
+
+
+def get(name: str) -> Profile:
+    """Look a profile up. Raises CompanionError for an unknown name."""
+    if name not in PROFILES:
+        raise CompanionError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Turn `auto`, `cpu` or `cuda` into a device. Raises CompanionError where CUDA is asked for and absent."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise CompanionError(f"unknown device {name!r}: choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CompanionError("device cuda asked for, but PyTorch sees no CUDA GPU: use --device cpu, or install a CUDA build")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, else float32. The results file records which it was."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    return torch.bfloat16 if native else torch.float32
