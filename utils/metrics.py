@@ -55,9 +55,11 @@ def mean_difference(differences: list[float]) -> Estimate:
 
 
 def median_interval(values: list[float]) -> Estimate:
-    """Median with the quartiles around it: for timings, whose tails mean nothing."""
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return Estimate(float(middle), float(low), float(high), len(values))
+    """Median of repeated timings with the 95 % interval that order statistics give; below six values, their range."""
+    ordered = np.sort(np.asarray(values, dtype=float))
+    n = len(ordered)
+    rank = max(1, int(stats.binom.ppf((1 - CONFIDENCE) / 2, n, 0.5)))
+    return Estimate(float(np.median(ordered)), float(ordered[rank - 1]), float(ordered[n - rank]), n)
 
 
 def label_loyalty(teacher: torch.Tensor, student: torch.Tensor) -> float:

@@ -1,0 +1,52 @@
+"""Small, deterministic fixtures: a tiny BERT, a tiny task, and a cache of the test run's own."""
+
+import json
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+TINY = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "num_labels": 2}
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny() -> BertForSequenceClassification:
+    """A BERT of 2 layers, hidden 32, 4 heads, with random weights."""
+    return BertForSequenceClassification(BertConfig(**TINY)).eval()
+
+
+@pytest.fixture
+def batch() -> dict:
+    """Four sequences of up to 9 tokens, with padding."""
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(1, 100, (4, 9), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    for row, length in enumerate((9, 7, 5, 9)):
+        attention_mask[row, length:] = 0
+        input_ids[row, length:] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": torch.tensor([0, 1, 0, 1])}
+
+
+@pytest.fixture(scope="session")
+def run_cache(tmp_path_factory) -> str:
+    """A cache folder that the tests of one session share, so that the smoke baseline is trained once."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def board(run_cache, tmp_path_factory):
+    """A board on the embedded model and data in the smoke profile."""
+    from utils.board import Board
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPANION_CACHE", run_cache)
+        patch.setenv("COMPANION_OUT", str(tmp_path_factory.mktemp("out")))
+        opened = Board.open("01_pruning", "smoke")
+        yield opened
+        content = json.loads(opened.close().read_text())  # closing must write a readable file, whatever the tests put on the board
+        assert content["chapter"] == "01_pruning"

@@ -1,0 +1,79 @@
+"""The board refuses what is not fit for it, and its rows say what the ruler says."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from utils import artifacts
+from utils.board import RowRefused, flatten
+from utils.pruning.magnitude import magnitude_masks
+from utils.pruning.masks import apply_masks
+from utils.pruning.surgery import remove_layers
+
+ROW_FIELDS = {
+    "method", "label", "hyperparameters", "seed", "control_of", "accuracy", "accuracy_ci95", "drop", "drop_ci95", "label_loyalty",
+    "probability_loyalty", "parameters", "nonzero_parameters", "parameters_without_embeddings", "stored_bytes",
+    "stored_bytes_without_embeddings", "macs", "latency_ratio", "peak_memory_bytes", "train_seconds", "simulated", "effect",
+}  # fmt: skip
+
+
+def test_a_method_that_changes_nothing_is_refused(board):
+    with pytest.raises(RowRefused, match="changed nothing: all 22,713,986 weights equal the baseline's"):
+        board.measure(board.fresh(), method="P-03", label="nothing")
+
+
+def test_numbers_that_are_not_finite_are_refused(board):
+    model = board.fresh()
+    apply_masks(model, magnitude_masks(model, 0.5))
+    with pytest.raises(RowRefused, match="not finite"):
+        board.measure(model, method="P-03", label="broken", train_seconds=math.nan)
+
+
+def test_an_artifact_that_disagrees_is_refused(board):
+    model = board.fresh()
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    wrong = {name: artifacts.dense(torch.zeros_like(model.get_parameter(name)))}
+    with pytest.raises(RowRefused, match="reloaded artifact disagrees"):
+        board.measure(model, method="P-03", label="wrong file", encoded=wrong)
+
+
+def test_a_row_has_every_field_and_survives_json(board):
+    model = board.fresh()
+    apply_masks(model, magnitude_masks(model, 0.5))
+    row = board.measure(model, method="P-03", label="half", effect={"sparsity": 0.5})
+    assert set(row) >= ROW_FIELDS
+    assert json.loads(json.dumps(row, allow_nan=False)) == json.loads(json.dumps(row))
+    pruned = sum(p.numel() for n, p in model.named_parameters() if n.endswith("dense.weight") or "self" in n and "weight" in n)
+    assert row["effect"]["weights_touched"] == pytest.approx(0.5 * (pruned - 384 * 384), rel=0.01)
+    assert row["stored_bytes"] < board.baseline_row["stored_bytes"]
+    assert row["accuracy"] == pytest.approx(board.accuracy(model), abs=1e-6)
+    assert row["drop"] == pytest.approx(board.baseline_row["accuracy"] - row["accuracy"], abs=2e-6)
+
+
+def test_simulated_rows_claim_no_speed(board):
+    model = board.fresh()
+    remove_layers(model, [0, 1, 2])
+    row = board.measure(model, method="P-23a", label="simulated", simulated=True)
+    assert row["latency_ratio"] is None
+    assert board.table().loc["P-23a", "speed ×1"] == ""
+
+
+def test_fresh_copies_do_not_touch_the_baseline(board):
+    before = board.predict(board.baseline.model)
+    model = board.fresh()
+    board.recover(model, steps=1)
+    assert torch.equal(board.predict(board.baseline.model), before)
+    assert not torch.equal(board.predict(model), before)
+
+
+def test_same_seed_same_numbers(board):
+    first, second = board.fresh(), board.fresh()
+    losses = [board.recover(model, steps=2).losses for model in (first, second)]
+    assert losses[0] == losses[1]
+    assert torch.equal(board.predict(first), board.predict(second))
+
+
+def test_flatten_names_nested_values():
+    assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}

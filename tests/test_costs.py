@@ -1,0 +1,80 @@
+"""Closed forms against counters, timings against known work, memory against arithmetic."""
+
+import copy
+import time
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from utils import bert, costs
+from utils.pruning.surgery import remove_heads, remove_neurons
+
+
+@pytest.mark.parametrize("length", [1, 7, 64])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_closed_form_macs_equal_the_mended_counter(tiny, length, implementation):
+    with bert.attention(tiny, implementation):
+        assert costs.macs(tiny, length, batch=3) == costs.measured_macs(tiny, length, batch=3)
+
+
+def test_closed_form_macs_follow_physical_pruning(tiny):
+    before = costs.macs(tiny, 16)
+    remove_neurons(tiny, {0: torch.arange(16)})
+    remove_heads(tiny, {1: torch.tensor([True, False, False, False])})
+    assert costs.macs(tiny, 16) == costs.measured_macs(tiny, 16) < before
+
+
+def test_macs_of_bert_base_are_the_published_arithmetic():
+    with torch.device("meta"):
+        base = BertForSequenceClassification(BertConfig())
+    count = costs.macs_by_component(base, 256)
+    assert count["qkv"] == 256 * 12 * 3 * 768**2
+    assert count["attention_core"] == 12 * 2 * 256**2 * 768
+    assert count["ffn"] == 256 * 12 * 2 * 768 * 3072
+    parameters = costs.parameters_by_component(base)
+    assert parameters["embeddings"] == 23_837_184 and parameters["ffn"] == 56_669_184 and parameters["qkv"] == 21_261_312
+
+
+def test_parameter_counts_by_hand(tiny):
+    counts = costs.parameter_counts(tiny)
+    embeddings = (100 + 512 + 2 + 2) * 32
+    layer = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 4 * 32
+    assert counts["parameters"] == embeddings + 2 * layer + 32 * 32 + 32 + 2 * 33 == sum(costs.parameters_by_component(tiny).values())
+    assert counts["parameters_without_embeddings"] == counts["parameters"] - embeddings
+
+
+def test_latency_ratio_sees_a_model_twice_as_deep():
+    config = BertConfig(vocab_size=100, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512)
+    shallow = BertForSequenceClassification(config).eval()
+    deep = copy.deepcopy(shallow)
+    deep.bert.encoder.layer.extend(copy.deepcopy(list(shallow.bert.encoder.layer)) * 3)
+    found = costs.latency_ratio(deep, shallow, batch=8, seconds=0.05, rounds=3)
+    assert found["ratio"].value > 1.5
+    assert found["baseline_ms"] > found["model_ms"]
+
+
+def test_peak_memory_covers_weights_and_the_widest_activations(tiny):
+    weights = sum(p.nbytes for p in tiny.parameters())
+    batch, length = 16, 24
+    hidden = batch * length * 64 * 4  # the FFN's hidden activations, twice alive around the GELU
+    found = costs.peak_memory(tiny, batch, length)
+    assert weights + 2 * hidden <= found <= weights + 12 * hidden
+
+
+def test_component_seconds_account_for_most_of_a_pass(tiny):
+    inputs = costs.example_inputs(tiny, 16, 64)
+    seconds = costs.component_seconds(tiny, inputs, repeats=5)
+    assert set(seconds) == set(costs.COMPONENTS) and all(len(values) == 5 for values in seconds.values())
+    start = time.perf_counter()
+    with torch.inference_mode():
+        tiny(**inputs)
+    assert sum(sorted(values)[0] for values in seconds.values()) < 3 * (time.perf_counter() - start)
+    assert not tiny.bert.embeddings._forward_hooks
+
+
+def test_energy_meter_reports_something_positive():
+    meter = costs.EnergyMeter()
+    torch.randn(300, 300) @ torch.randn(300, 300)
+    found = meter.stop()
+    assert found["energy_kwh_estimate"] >= 0 and found["mean_watts_estimate"] >= 0

@@ -1,0 +1,261 @@
+"""Survey section 2.3 against oracles: loops over blocks, torch's own block-sparse layout, gradients by hand."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from utils.bert import ENCODER, matrices
+from utils.pruning import blocks, iterative
+from utils.pruning.magnitude import class_blind_masks, magnitude_masks
+from utils.pruning.masks import held_masks, hold_masks, sparsity_of
+from utils.training import cross_entropy
+
+FIRST = "bert.encoder.layer.0.attention.self.query.weight"
+TIMES = {"start": 2, "ramp": 4, "end": 8, "frequency": 2}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_labels=2
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_batch() -> dict:
+    generator = torch.Generator().manual_seed(1)
+    mask = (torch.arange(8) < torch.tensor([8, 5, 3, 6])[:, None]).long()
+    return {"input_ids": torch.randint(1, 100, (4, 8), generator=generator) * mask, "attention_mask": mask,
+            "labels": torch.tensor([0, 1, 1, 0])}  # fmt: skip
+
+
+def fit(model: nn.Module, steps: int, after_step=None, loss=cross_entropy) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        loss(model, make_batch()).backward()
+        optimizer.step()
+        if after_step is not None:
+            after_step(step, model, optimizer)
+
+
+def loop_scores(weight: torch.Tensor, r: int, c: int) -> torch.Tensor:
+    rows, columns = weight.shape
+    return torch.stack(
+        [torch.stack([weight[i : i + r, j : j + c].abs().max() for j in range(0, columns, c)]) for i in range(0, rows, r)]
+    )
+
+
+# --- P-15 block pruning -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.method("P-15")
+@pytest.mark.parametrize("block", [(1, 1), (4, 4), (8, 2), (32, 1), (1, 32)])
+def test_block_score_is_the_largest_weight(model, block):
+    weight = model.get_parameter(FIRST).detach()
+    assert torch.equal(blocks.block_scores(weight, block), loop_scores(weight, *block))
+
+
+@pytest.mark.method("P-15")
+@pytest.mark.filterwarnings("ignore:Sparse BSR")
+def test_block_masks_remove_whole_blocks_of_lowest_score(model):
+    masks = blocks.block_masks(model, 0.75, (4, 4))
+    for m in matrices(model):
+        weight = m.weight.detach()
+        scores, kept = loop_scores(weight, 4, 4), loop_scores(masks[m.name].float(), 4, 4).bool()
+        assert (~kept).sum() == round(0.75 * kept.numel())
+        assert scores[kept].min() > scores[~kept].max()
+        assert torch.equal(masks[m.name], kept.repeat_interleave(4, 0).repeat_interleave(4, 1))
+        stored = (weight * masks[m.name]).to_sparse_bsr((4, 4))  # torch's own block layout finds the same blocks
+        assert stored.values().shape[0] == kept.sum()
+
+
+@pytest.mark.method("P-15")
+@pytest.mark.parametrize(("scope", "unstructured"), [("matrix", magnitude_masks), ("global", class_blind_masks)])
+def test_blocks_of_one_weight_are_magnitude_pruning(model, scope, unstructured):
+    expected = unstructured(model, 0.6, groups=ENCODER)
+    masks = blocks.block_masks(model, 0.6, (1, 1), scope=scope)
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+
+
+@pytest.mark.method("P-15")
+def test_global_scope_ranks_blocks_of_all_matrices(model):
+    with torch.no_grad():
+        model.get_parameter(FIRST).mul_(100)
+    masks = blocks.block_masks(model, 0.5, (4, 4), scope="global")
+    assert masks[FIRST].all() and sparsity_of(masks) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.method("P-15")
+@pytest.mark.parametrize("block", [(2, 2), (4, 4)])
+def test_block_threshold_rises_with_the_fourth_root_of_the_block(model, block):
+    weight = model.get_parameter(FIRST).detach().clone()
+    times = {"start": 2, "ramp": 20, "end": 40, "frequency": 2}  # slow enough to look on while it rises
+    hook = blocks.block_pruning(0.9, block, **times)
+    q = iterative.percentile(weight.abs(), 0.9).item()
+    theta = 2 * q * 2 / (2 * 18 + 3 * 20) * (block[0] * block[1]) ** 0.25
+    counts = []
+    for step in range(1, 21):
+        hook(step, model, None)
+        if step >= 2 and step % 2 == 0:
+            expected = loop_scores(weight, *block) > theta * (step - 2 + 1) / 2
+            kept = loop_scores(held_masks(model)[FIRST].float(), *block).bool()
+            assert torch.equal(kept, expected)
+            counts.append(int(kept.sum()))
+    assert counts[0] > counts[-1]
+
+
+@pytest.mark.method("P-15")
+def test_block_pruning_while_training(model):
+    hook, seen = blocks.block_pruning(0.75, (4, 4), **TIMES), []
+
+    def after_step(step, model, optimizer):
+        hook(step, model, optimizer)
+        seen.append({m.name: m.weight.detach() != 0 for m in matrices(model)})
+
+    fit(model, 10, after_step)
+    assert sparsity_of(seen[0]) == 0 and sparsity_of(seen[7]) == sparsity_of(seen[9]) == pytest.approx(0.75, abs=1e-3)
+    assert all(not (later[n] & ~earlier[n]).any() for earlier, later in pairwise(seen) for n in later)
+    for mask in held_masks(model).values():
+        tiles = mask.view(mask.shape[0] // 4, 4, -1, 4).transpose(1, 2).flatten(2)
+        assert (tiles.all(-1) | ~tiles.any(-1)).all()
+
+
+@pytest.mark.method("P-15", "P-16", "P-17")
+def test_bad_blocks_and_banks_say_what_is_allowed(model):
+    for block in ((5, 4), (4, 5), (0, 4)):
+        with pytest.raises(ValueError, match="divisors of 32 and 32"):
+            blocks.block_masks(model, 0.5, block)
+        with pytest.raises(ValueError, match="divisors of 32 and 32"):
+            blocks.block_group_lasso(model, block)
+    for sparsity in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=r"\[0, 1\)"):
+            blocks.block_masks(model, sparsity)
+        with pytest.raises(ValueError, match=r"\[0, 1\)"):
+            blocks.block_pruning(sparsity, **TIMES)
+    with pytest.raises(ValueError, match="start <= ramp <= end"):
+        blocks.block_pruning(0.5, start=5, ramp=2, end=8, frequency=1)
+    with pytest.raises(ValueError, match="lam must be 0 or more"):
+        blocks.group_lasso_pruning(0.5, -1.0, **TIMES)
+    with pytest.raises(ValueError, match="divisor of 32"):
+        blocks.bank_balanced_masks(model, 5, 2)
+    for keep in (0, 5):
+        with pytest.raises(ValueError, match=r"1\.\.4"):
+            blocks.bank_balanced_masks(model, 4, keep)
+    for keeps in ([], [1, 2]):
+        with pytest.raises(ValueError, match="falling"):
+            blocks.iterative_banks(model, 4, keeps, lambda m, r: None)
+
+
+# --- P-16 group lasso ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.method("P-16")
+def test_group_lasso_value_and_gradient(model):
+    weight = model.get_parameter(FIRST)
+    with torch.no_grad():
+        weight[:4, :4] = 0
+    blocks.block_group_lasso(model, (4, 4), ("query",)).backward()
+    total = 0.0
+    for m in matrices(model, ("query",)):
+        for i in range(0, 32, 4):
+            for j in range(0, 32, 4):
+                w_g, gradient = m.weight[i : i + 4, j : j + 4].detach(), m.weight.grad[i : i + 4, j : j + 4]
+                norm = w_g.norm()
+                torch.testing.assert_close(gradient, w_g / norm if norm > 0 else torch.zeros(4, 4))
+                total += norm.item()
+    assert blocks.block_group_lasso(model, (4, 4), ("query",)).item() == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.method("P-16")
+def test_blocks_of_one_weight_make_it_the_l1_norm(model):
+    expected = sum(m.weight.abs().sum().item() for m in matrices(model))
+    assert blocks.block_group_lasso(model, (1, 1)).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.method("P-16")
+def test_no_lambda_is_plain_block_pruning(model):
+    twin = copy.deepcopy(model)
+    fit(model, 9, blocks.block_pruning(0.75, (4, 4), **TIMES))
+    loss, hook = blocks.group_lasso_pruning(0.75, 0.0, (4, 4), **TIMES)
+    fit(twin, 9, hook, loss)
+    for ours, theirs in zip(matrices(model), matrices(twin), strict=True):
+        assert torch.equal(ours.weight, theirs.weight)
+
+
+@pytest.mark.method("P-16")
+def test_penalty_shrinks_blocks_and_stops_with_the_schedule(model):
+    batch, lam = make_batch(), 0.01
+    loss, hook = blocks.group_lasso_pruning(0.5, lam, (4, 4), **TIMES)
+    penalty = lam * blocks.block_group_lasso(model, (4, 4)).item()
+    assert loss(model, batch).item() == pytest.approx(cross_entropy(model, batch).item() + penalty, rel=1e-5)
+    twin = copy.deepcopy(model)
+    fit(model, 8, hook, loss)
+    assert loss(model, batch).item() == cross_entropy(model, batch).item()
+    fit(twin, 8, blocks.block_pruning(0.5, (4, 4), **TIMES))
+    assert blocks.block_group_lasso(model, (4, 4)) < blocks.block_group_lasso(twin, (4, 4))
+    assert sparsity_of(held_masks(model)) == pytest.approx(0.5, abs=1e-3)
+
+
+# --- P-17 bank-balanced -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.method("P-17")
+@pytest.mark.parametrize(("bank_size", "keep"), [(4, 2), (8, 1), (16, 4), (32, 32)])
+def test_every_bank_keeps_its_largest(model, bank_size, keep):
+    masks = blocks.bank_balanced_masks(model, bank_size, keep)
+    for m in matrices(model):
+        weights, kept = m.weight.detach().abs(), masks[m.name]
+        for row in range(0, len(weights), 7):
+            for start in range(0, weights.shape[1], bank_size):
+                bank, mask = weights[row, start : start + bank_size], kept[row, start : start + bank_size]
+                assert mask.sum() == keep
+                assert sorted(bank[mask].tolist()) == sorted(bank.tolist())[-keep:]
+    assert sparsity_of(masks) == 1 - keep / bank_size
+
+
+@pytest.mark.method("P-17")
+def test_two_of_four(model):
+    mask = blocks.bank_mask(torch.tensor([[1.0, 4.0, 3.0, 2.0, 0.0, 0.0, 0.1, 0.2]]), 4, 2)
+    assert mask.tolist() == [[False, True, True, False, False, False, True, True]]
+
+
+@pytest.mark.method("P-17")
+def test_a_bank_as_long_as_the_row_is_magnitude_pruning_per_row(model):
+    weight = model.get_parameter(FIRST).detach()
+    expected = weight.abs() >= weight.abs().sort(1, descending=True).values[:, 7:8]
+    assert torch.equal(blocks.bank_mask(weight.abs(), 32, 8), expected)
+
+
+@pytest.mark.method("P-17")
+def test_banks_narrow_round_by_round(model):
+    seen = []
+
+    def retrain(model, number):
+        seen.append({name: mask.clone() for name, mask in held_masks(model).items()})
+        fit(model, 3)
+
+    masks = blocks.iterative_banks(model, 8, [6, 4, 2], retrain)
+    assert [sparsity_of(s) for s in seen] == [0.25, 0.5, 0.75]
+    assert all(not (later[n] & ~earlier[n]).any() for earlier, later in pairwise(seen) for n in later)
+    assert all((mask.view(len(mask), -1, 8).sum(-1) == 2).all() for mask in masks.values())
+
+
+@pytest.mark.method("P-17")
+def test_removed_weights_stay_removed_in_banks(model):
+    first = blocks.bank_balanced_masks(model, 4, 2)
+    hold_masks(model, first)
+    assert not any((mask & ~first[name]).any() for name, mask in blocks.bank_balanced_masks(model, 8, 2).items())

@@ -1,0 +1,83 @@
+"""Statements of the surveys, tested: an effect with its interval, judged against what the statement predicts.
+
+The unit decides what the interval means. A claim that compares trainings repeats them over seeds; a claim about one fixed
+model repeats over examples; a timing repeats over rounds; arithmetic needs no repetition. Nothing is ever forced: an
+interval that straddles the threshold leaves the claim `inconclusive`.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+from utils.metrics import Estimate
+
+UNITS = ("seed", "example", "round", "arithmetic", "model")
+MINIMUM_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One measured effect and the prediction it tests: `effect` should lie `above` or `below` the `threshold`."""
+
+    what: str
+    effect: Estimate
+    expected: str  # "above" or "below"
+    threshold: float = 0.0
+
+    def verdict(self) -> str:
+        """`supported` if the whole interval lies on the predicted side, `contradicted` if on the other."""
+        if self.expected not in ("above", "below"):
+            raise ValueError(f"expected must be 'above' or 'below', got {self.expected!r}")
+        low, high = self.effect.low - self.threshold, self.effect.high - self.threshold
+        if self.expected == "below":
+            low, high = -high, -low
+        if math.isnan(low) or math.isnan(high):
+            return "inconclusive"
+        return "supported" if low > 0 else "contradicted" if high < 0 else "inconclusive"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement, where it comes from, the unit of repetition, and the evidence for and against it."""
+
+    id: str
+    statement: str
+    source: str
+    unit: str
+    evidence: list[Evidence]
+    verdict: str
+
+    def as_dict(self) -> dict:
+        """JSON form; an infinite bound becomes null."""
+        content = asdict(self)
+        for item, evidence in zip(content["evidence"], self.evidence, strict=True):
+            bounds = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in item["effect"].items()}
+            item["effect"] = {k: round(v, 6) if isinstance(v, float) else v for k, v in bounds.items()}
+            item["verdict"] = evidence.verdict()
+        return content
+
+
+def judge(id: str, statement: str, source: str, unit: str, evidence: list[Evidence], profile: str) -> Claim:
+    """Weigh the evidence: all supported makes `supported`, any contradicted makes `contradicted`, else `inconclusive`.
+
+    In the `smoke` profile nothing is judged; a claim over fewer than three seeds stays `inconclusive`. Raises ValueError for
+    an unknown unit or a claim without evidence.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
+    if not evidence:
+        raise ValueError(f"claim {id} has no evidence")
+    verdicts = [item.verdict() for item in evidence]
+    if profile == "smoke":
+        verdict = "not tested"
+    elif unit == "seed" and min(item.effect.n for item in evidence) < MINIMUM_SEEDS:
+        verdict = "inconclusive"
+    elif "contradicted" in verdicts:
+        verdict = "contradicted"
+    else:
+        verdict = "supported" if set(verdicts) == {"supported"} else "inconclusive"
+    return Claim(id, statement, source, unit, evidence, verdict)
+
+
+def exact(value: float) -> Estimate:
+    """An estimate without uncertainty, for arithmetic and file sizes."""
+    return Estimate(float(value), float(value), float(value), 1)

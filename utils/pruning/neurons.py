@@ -1,0 +1,246 @@
+"""Survey section 2.2: pruning neurons. A neuron i of a feed-forward block is one hidden unit: h_i = f(W1[i] x + b1[i]).
+
+Its incoming weights are row i of W1 (`ffn_in`), its outgoing weights column i of W2 (`ffn_out`). Scores say which neurons
+matter least (P-12), penalties push whole groups of weights to zero while the model trains (P-13), and merging adds a neuron
+to its nearest twin without looking at data (P-14). `utils.pruning.surgery.remove_neurons` then deletes them.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from utils.pruning.masks import masks_from_scores
+from utils.pruning.surgery import Keep, remove_neurons
+from utils.training import AfterStep
+
+NeuronScores = dict[int, torch.Tensor]
+Prox = Callable[[torch.Tensor, float], torch.Tensor]
+GROUPS = ("coupled", "incoming", "outgoing", "separate")
+
+
+def check_batches(batches: list[dict]) -> None:
+    """Raise ValueError for an empty calibration set."""
+    if not batches:
+        raise ValueError("scoring on data needs one calibration batch or more, got none")
+
+
+@torch.no_grad()
+def activation_entropy(model: nn.Module, batches: list[dict]) -> NeuronScores:
+    """H_i = -(p_i log p_i + (1 - p_i) log(1 - p_i)), where p_i is the share of tokens on which neuron i is on.
+
+    He et al. 2014 call a sigmoid unit on above 0.5; a GELU's middle is the input 0. Padding does not count. Returns one
+    tensor (neurons,) per layer, in nats. Survey 2.2, whose formula lacks the minus sign. Raises ValueError for no batches.
+    """
+    check_batches(batches)
+    on = {number: 0 for number in range(len(model.bert.encoder.layer))}
+    tokens = 0
+    for batch in batches:
+        real = batch["attention_mask"].bool()  # (batch, length)
+        for number, inputs in gelu_inputs(model, batch).items():
+            on[number] = on[number] + (inputs[real] > 0).sum(0)
+        tokens += int(real.sum())
+    shares = {number: count / tokens for number, count in on.items()}
+    return {number: -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) for number, p in shares.items()}
+
+
+def gelu_inputs(model: nn.Module, batch: dict) -> NeuronScores:
+    """What each layer's feed-forward neurons see before the activation: (batch, length, neurons) per layer."""
+    seen = {}
+    with contextlib.ExitStack() as hooks:
+        for number, layer in enumerate(model.bert.encoder.layer):
+
+            def remember(module: nn.Module, args: tuple, output: torch.Tensor, number: int = number) -> None:
+                seen[number] = output
+
+            hooks.enter_context(layer.intermediate.dense.register_forward_hook(remember))
+        model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return seen
+
+
+def onorm(model: nn.Module) -> NeuronScores:
+    """Mean |w| of a neuron's outgoing weights: (1/d) sum_k |W2[k, i]|. He et al. 2014, survey 2.2."""
+    layers = enumerate(model.bert.encoder.layer)
+    return {number: layer.output.dense.weight.detach().abs().mean(0) for number, layer in layers}
+
+
+def inorm(model: nn.Module) -> NeuronScores:
+    """Mean |w| of a neuron's incoming weights: (1/d) sum_k |W1[i, k]|. He et al. 2014, survey 2.2."""
+    layers = enumerate(model.bert.encoder.layer)
+    return {number: layer.intermediate.dense.weight.detach().abs().mean(1) for number, layer in layers}
+
+
+def neuron_keep(scores: NeuronScores, share: float, scope: str = "layer") -> Keep:
+    """Keep-masks that drop the `share` of lowest-scoring neurons, ranked inside each layer, or over all (`global`).
+
+    Raises ValueError for a share outside [0, 1) or an unknown scope.
+    """
+    if scope not in ("layer", "global"):
+        raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
+    return masks_from_scores(scores, share, scope="matrix" if scope == "layer" else "global")
+
+
+def prox_l21(rows: torch.Tensor, amount: float) -> torch.Tensor:
+    """argmin_V 1/2 ||V - W||^2 + amount * sum_i ||V_i||_2: every row gets shorter by `amount`, or vanishes.
+
+    V_i = max(0, 1 - amount / ||W_i||) W_i. Murray & Chiang 2015, survey 2.2. `rows` is (groups, members).
+    """
+    check_amount(amount)
+    length = rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    return (1 - amount / length).clamp(min=0) * rows
+
+
+def prox_linf1(rows: torch.Tensor, amount: float) -> torch.Tensor:
+    """argmin_V 1/2 ||V - W||^2 + amount * sum_i max_k |V_ik|: the largest entries of each row come down to a common level.
+
+    By Moreau's identity V_i = W_i - projection of W_i onto the L1 ball of radius `amount`; a row with ||W_i||_1 <= amount
+    vanishes. Murray & Chiang 2015, survey 2.2. `rows` is (groups, members).
+    """
+    check_amount(amount)
+    return rows - project_l1_ball(rows, amount)
+
+
+def project_l1_ball(rows: torch.Tensor, radius: float) -> torch.Tensor:
+    """The nearest point of each row with ||v||_1 <= radius: sign(w) max(|w| - theta, 0), theta found by one sort."""
+    ordered = rows.abs().sort(dim=1, descending=True).values
+    excess = ordered.cumsum(1) - radius  # of the k largest entries
+    rank = torch.arange(1, rows.shape[1] + 1, device=rows.device)
+    support = (ordered * rank > excess).sum(1, keepdim=True).clamp(min=1)  # how many entries stay above theta
+    theta = (excess.gather(1, support - 1) / support).clamp(min=0)
+    return rows.sign() * (rows.abs() - theta).clamp(min=0)
+
+
+def check_amount(amount: float) -> None:
+    """Raise ValueError for a negative strength."""
+    if amount < 0:
+        raise ValueError(f"the strength of a penalty must be 0 or more, got {amount}")
+
+
+def check_groups(groups: str) -> None:
+    """Raise ValueError for an unknown way to group a neuron's weights."""
+    if groups not in GROUPS:
+        raise ValueError(f"groups must be one of {', '.join(GROUPS)}, got {groups!r}")
+
+
+def proximal_step(strength: float, prox: Prox = prox_l21, groups: str = "coupled") -> AfterStep:
+    """Proximal gradient: after each optimiser step on the task loss alone, W <- prox(W, lr * strength).
+
+    The step is AdamW's where the papers use plain SGD; the proximal map is theirs. Over a training a group's norm can
+    shrink by strength * sum of lr at most, which tells the scale of a useful strength. Murray & Chiang 2015; Pan, Dong,
+    Guo 2016 (arXiv 1606.07326); survey 2.2. Raises ValueError for a negative strength or unknown groups.
+    """
+    check_amount(strength)
+    check_groups(groups)
+
+    def after_step(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for layer in model.bert.encoder.layer:
+            shrink_neurons(layer, prox, optimizer.param_groups[0]["lr"] * strength, groups)
+
+    return after_step
+
+
+@torch.no_grad()
+def shrink_neurons(layer: nn.Module, prox: Prox, amount: float, groups: str = "coupled") -> None:
+    """Apply a proximal map to a layer's neuron groups, in place.
+
+    `incoming` (li) takes the rows of W1, `outgoing` (lo) the columns of W2, `separate` both as the two penalties of
+    DropNeuron, `coupled` one group per neuron [W1[i], W2[:, i]], which leaves no half-dead neurons.
+    """
+    check_groups(groups)
+    incoming, outgoing = layer.intermediate.dense.weight, layer.output.dense.weight.T  # both (neurons, hidden)
+    if groups == "coupled":
+        both = prox(torch.cat([incoming, outgoing], dim=1), amount)
+        incoming.copy_(both[:, : incoming.shape[1]])
+        outgoing.copy_(both[:, incoming.shape[1] :])
+    if groups in ("incoming", "separate"):
+        incoming.copy_(prox(incoming, amount))
+    if groups in ("outgoing", "separate"):
+        outgoing.copy_(prox(outgoing, amount))
+
+
+@torch.no_grad()
+def group_norms(model: nn.Module, groups: str = "coupled") -> NeuronScores:
+    """L2 norm of each neuron's group, (neurons,) per layer. Of two `separate` groups the smaller: one zero kills a neuron."""
+    check_groups(groups)
+    norms = {}
+    for number, layer in enumerate(model.bert.encoder.layer):
+        incoming, outgoing = layer.intermediate.dense.weight.norm(dim=1), layer.output.dense.weight.norm(dim=0)
+        norms[number] = {"incoming": incoming, "outgoing": outgoing, "coupled": torch.hypot(incoming, outgoing),
+                         "separate": torch.minimum(incoming, outgoing)}[groups]  # fmt: skip
+    return norms
+
+
+def neurons_after_prox(
+    model: nn.Module, share: float, groups: str = "coupled", scope: str = "layer"
+) -> tuple[Keep, dict[int, int]]:
+    """Keep-masks that drop exactly the `share` of neurons with the smallest groups, and how many the penalty itself zeroed.
+
+    The second result tells how far the penalty alone got: below share * neurons, the rest goes by norm.
+    """
+    norms = group_norms(model, groups)
+    zeroed = {number: int((norm == 0).sum()) for number, norm in norms.items()}
+    return neuron_keep(norms, share, scope), zeroed
+
+
+@torch.no_grad()
+def fold_constant_neurons(model: nn.Module) -> int:
+    """A neuron without incoming weights outputs the constant f(b1[i]): move it into b2, so that its removal is exact.
+
+    b2 += f(b1[i]) W2[:, i], then W2[:, i] = 0. Returns the number of neurons folded.
+    """
+    folded = 0
+    for layer in model.bert.encoder.layer:
+        ffn_in, ffn_out = layer.intermediate.dense, layer.output.dense
+        constant = (ffn_in.weight == 0).all(1)
+        ffn_out.bias += ffn_out.weight[:, constant] @ layer.intermediate.intermediate_act_fn(ffn_in.bias[constant])
+        ffn_out.weight[:, constant] = 0
+        folded += int(constant.sum())
+    return folded
+
+
+def merge_pairs(incoming: torch.Tensor, outgoing: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """Merge away `count` neurons, one at a time: the pair (i, j) with the least s_ij = <a_j^2> ||W_i - W_j||^2 becomes i.
+
+    W_i is row i of `incoming` (neurons, inputs + 1), bias included; a_j is row j of `outgoing` (neurons, outputs), <> the
+    mean over outputs. Surgery: a_i += a_j. Since <a_j^2> does not depend on i, the best i for j is its nearest neighbour.
+    Returns the keep-mask, the new outgoing weights and the saliencies s_ij in order. Srinivas & Babu 2015, survey 2.2.
+    """
+    outgoing, kept = outgoing.clone(), torch.ones(len(incoming), dtype=torch.bool, device=incoming.device)
+    # The faster way to compute distances, by a matrix product, would lose the digits that tell twins from neighbours.
+    distance = torch.cdist(incoming, incoming, compute_mode="donot_use_mm_for_euclid_dist").square().fill_diagonal_(torch.inf)
+    closest, partner = distance.min(dim=0)
+    energy = outgoing.square().mean(1)
+    saliencies = []
+    for _ in range(count):
+        saliency = torch.where(kept, energy * closest, torch.inf)
+        j = int(saliency.argmin())
+        i = int(partner[j])
+        saliencies.append(float(saliency[j]))
+        outgoing[i] += outgoing[j]
+        energy[i] = outgoing[i].square().mean()
+        kept[j] = False
+        distance[j] = torch.inf
+        orphans = kept & (partner == j)
+        closest[orphans], partner[orphans] = distance[:, orphans].min(dim=0)
+    return kept, outgoing, saliencies
+
+
+@torch.no_grad()
+def merge_neurons(model: nn.Module, count_per_layer: int) -> dict[int, list[float]]:
+    """Data-free merging of `count_per_layer` neurons in each layer, in place; the matrices shrink.
+
+    Returns the saliency of each merge, per layer. Srinivas & Babu 2015 (arXiv 1507.06149), survey 2.2. Raises ValueError
+    unless every layer keeps a neuron.
+    """
+    fewest = min(layer.intermediate.dense.out_features for layer in model.bert.encoder.layer)
+    if not 0 <= count_per_layer < fewest:
+        raise ValueError(f"count_per_layer must lie in 0..{fewest - 1}, got {count_per_layer}")
+    saliencies = {}
+    for number, layer in enumerate(model.bert.encoder.layer):
+        ffn_in, ffn_out = layer.intermediate.dense, layer.output.dense
+        incoming = torch.cat([ffn_in.weight, ffn_in.bias[:, None]], dim=1)
+        keep, outgoing, saliencies[number] = merge_pairs(incoming, ffn_out.weight.T, count_per_layer)
+        ffn_out.weight.copy_(outgoing.T)
+        remove_neurons(model, {number: keep})
+    return saliencies

@@ -1,0 +1,141 @@
+"""Physical removal: a neuron, head or layer that a mask has switched off leaves the model, and the matrices shrink.
+
+A feed-forward neuron is a row of `ffn_in` and a column of `ffn_out`; a head is `attention_head_size` rows of query, key and
+value and as many columns of `attention_output`. Removing them is exact: the shrunk model computes what the masked one did.
+A block that loses everything keeps its empty matrices and adds its output bias alone, so that every chapter still finds the
+matrices under their names, and the shapes in a state dict tell the whole structure (`fit_structure`).
+"""
+
+import re
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers.models.bert.modeling_bert import BertSelfAttention
+
+Keep = dict[int, torch.Tensor]
+LAYER_NAME = re.compile(r"bert\.encoder\.layer\.(\d+)\.")
+
+
+class NoHeads(BertSelfAttention):
+    """Self-attention without heads. Its output has width 0, so of the output projection only the bias is left."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs (batch, length, 0) and attention weights (batch, 0, length, length)."""
+        batch, length, _ = hidden_states.shape
+        return hidden_states[..., :0], hidden_states.new_zeros(batch, 0, length, length)
+
+
+def remove_neurons(model: nn.Module, keep: Keep) -> None:
+    """Delete feed-forward neurons in place: f(W1[keep] x + b1[keep]) W2[:, keep]' + b2.
+
+    `keep` maps a layer to the neurons that stay, as a boolean mask (neurons,) or as indices. Keeping none is allowed.
+    Survey 2.2. Raises ValueError for an unknown layer or neuron.
+    """
+    for number, kept in keep.items():
+        layer = get_layer(model, number)
+        index = kept_index(kept, layer.intermediate.dense.out_features, "neuron", layer.output.dense.weight.device)
+        take(layer.intermediate.dense, index, dim=0)
+        take(layer.output.dense, index, dim=1)
+
+
+@torch.no_grad()
+def remove_ffn(model: nn.Module, layer: int, keep_bias: bool = True) -> None:
+    """Delete all feed-forward neurons of a layer; its residual and LayerNorm stay, and its output bias unless told otherwise.
+
+    Survey 2.4. Raises ValueError for an unknown layer.
+    """
+    remove_neurons(model, {layer: torch.empty(0, dtype=torch.long)})
+    if not keep_bias:
+        model.bert.encoder.layer[layer].output.dense.bias.zero_()
+
+
+def remove_heads(model: nn.Module, keep: Keep) -> None:
+    """Delete attention heads in place. `keep` maps a layer to a boolean mask (heads,) or to the indices of heads that stay.
+
+    The size of a head does not change; a layer may lose all its heads. Survey 2.4. Raises ValueError for an unknown layer
+    or head.
+    """
+    for number, kept in keep.items():
+        attention = get_layer(model, number).attention
+        size = attention.self.attention_head_size
+        heads = kept_index(kept, attention.self.num_attention_heads, "head", attention.output.dense.weight.device)
+        index = (heads[:, None] * size + torch.arange(size, device=heads.device)).flatten()
+        for projection in (attention.self.query, attention.self.key, attention.self.value):
+            take(projection, index, dim=0)
+        take(attention.output.dense, index, dim=1)
+        attention.self.num_attention_heads = len(heads)
+        attention.self.all_head_size = len(index)
+        if not len(heads):
+            attention.self.__class__ = NoHeads  # the same module with another forward: hooks and names survive
+
+
+def remove_layers(model: nn.Module, keep: list[int]) -> None:
+    """Keep the given encoder layers only, in their old order, and renumber them. Survey 2.4.
+
+    Raises ValueError unless `keep` names one existing layer or more.
+    """
+    kept = check_layers(keep, len(model.bert.encoder.layer))
+    model.bert.encoder.layer = nn.ModuleList(model.bert.encoder.layer[number] for number in kept)
+    for number, layer in enumerate(model.bert.encoder.layer):
+        layer.attention.self.layer_idx = number
+    model.config.num_hidden_layers = len(kept)
+
+
+def fit_structure(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
+    """Shrink a freshly built BERT in place until its matrices have the shapes of a stored, structurally pruned one.
+
+    `shapes` maps parameter names to shapes; layers, feed-forward widths and head counts are read off them. The weights mean
+    nothing afterwards: load the stored ones. Raises ValueError where a stored matrix is larger than the model's.
+    """
+    numbers = [int(match[1]) for name in shapes if (match := LAYER_NAME.match(name))]
+    remove_layers(model, list(range(1 + max(numbers, default=-1))))
+    for number, layer in enumerate(model.bert.encoder.layer):
+        prefix = f"bert.encoder.layer.{number}"
+        neurons = shapes.get(f"{prefix}.intermediate.dense.weight", layer.intermediate.dense.weight.shape)[0]
+        rows = shapes.get(f"{prefix}.attention.self.query.weight", layer.attention.self.query.weight.shape)[0]
+        heads, rest = divmod(rows, layer.attention.self.attention_head_size)
+        if rest:
+            raise ValueError(f"layer {number}: {rows} query rows are no multiple of {layer.attention.self.attention_head_size}")
+        if neurons != layer.intermediate.dense.out_features:
+            remove_neurons(model, {number: torch.arange(neurons)})
+        if heads != layer.attention.self.num_attention_heads:
+            remove_heads(model, {number: torch.arange(heads)})
+
+
+@torch.no_grad()
+def take(linear: nn.Linear, index: torch.Tensor, dim: int) -> None:
+    """Keep the outputs (`dim=0`) or inputs (`dim=1`) of a linear layer that `index` lists; the bias follows the outputs."""
+    if parametrize.is_parametrized(linear):
+        raise ValueError("the weight is held by a parametrization: burn the masks in first (utils.pruning.masks.release_masks)")
+    linear.weight = nn.Parameter(linear.weight.index_select(dim, index), requires_grad=linear.weight.requires_grad)
+    if dim == 0 and linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias[index], requires_grad=linear.bias.requires_grad)
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def get_layer(model: nn.Module, number: int) -> nn.Module:
+    """The encoder layer of that number. Raises ValueError where there is none."""
+    layers = model.bert.encoder.layer
+    if not 0 <= number < len(layers):
+        raise ValueError(f"layer must lie in 0..{len(layers) - 1}, got {number}")
+    return layers[number]
+
+
+def check_layers(keep: list[int], num_layers: int) -> list[int]:
+    """The kept layers in ascending order, each once. Raises ValueError for none, or for one that does not exist."""
+    kept = sorted(set(keep))
+    if not kept or kept[0] < 0 or kept[-1] >= num_layers:
+        raise ValueError(f"keep one layer or more out of 0..{num_layers - 1}, got {list(keep)}")
+    return kept
+
+
+def kept_index(keep: torch.Tensor, count: int, what: str, device: torch.device) -> torch.Tensor:
+    """Ascending indices of what stays, from a boolean mask (count,) or from indices. Raises ValueError where they do not fit."""
+    keep = torch.as_tensor(keep).to(device)
+    if keep.dtype == torch.bool and keep.shape != (count,):
+        raise ValueError(f"a {what} mask needs shape ({count},), got {tuple(keep.shape)}")
+    index = keep.nonzero().flatten() if keep.dtype == torch.bool else keep.long().unique()
+    if len(index) and (index[0] < 0 or index[-1] >= count):
+        raise ValueError(f"{what} indices must lie in 0..{count - 1}, got {index[0].item()}..{index[-1].item()}")
+    return index
