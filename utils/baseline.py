@@ -1,6 +1,7 @@
 """The model that every method starts from: BERT, fine-tuned once per (model, data, profile, seed, code), then cached."""
 
 import json
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -45,9 +46,8 @@ def fine_tuned(model_name: str, task: Task, profile: Profile, seed: int, device:
 
 
 def _fine_tune(model: nn.Module, task: Task, profile: Profile, seed: int, folder: Path) -> None:
-    log = training.train(
-        model, task, profile, steps=profile.baseline_steps, learning_rate=profile.baseline_learning_rate, seed=seed
-    )
+    log = training.train(model, task, profile, steps=profile.baseline_steps, learning_rate=profile.baseline_learning_rate,
+                         seed=seed, train_embeddings=True)  # fmt: skip
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "model.safetensors")
     facts = {"seconds": log.seconds, "tokens": log.tokens, "steps": log.steps, "losses": log.losses}
@@ -64,5 +64,5 @@ def _key(pretrained: nn.Module, task: Task, profile: Profile, seed: int, device:
         "device": device.type,
         "dtype": compute_dtype(device),
         "torch": torch.__version__,
-        "code": cache.source_hash(training, tasks),
+        "code": cache.source_hash(training, tasks, sys.modules[__name__]),
     })  # fmt: skip

@@ -99,8 +99,9 @@ def load(name: str = EMBEDDED, num_labels: int = 2) -> BertForSequenceClassifica
         # Dropout costs a quarter of a CPU training step for its random numbers and gains nothing in runs this short.
         config.update({"num_labels": num_labels, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
                        "classifier_dropout": 0.1})  # fmt: skip
-        return AutoModelForSequenceClassification.from_pretrained(source, config=config, use_safetensors=True,
-                                                                  ignore_mismatched_sizes=True).eval()
+        # A checkpoint fine-tuned for another number of classes is welcome: its classifier is replaced.
+        options = {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}
+        return AutoModelForSequenceClassification.from_pretrained(source, **options).eval()
 
 
 def load_tokenizer(name: str = EMBEDDED) -> transformers.PreTrainedTokenizerBase:

@@ -43,7 +43,7 @@ PROFILES = {
     ),
     "cpu": Profile(
         name="cpu", train_size=None, validation_size=None, max_length=64, batch_size=32,
-        baseline_steps=400, baseline_learning_rate=2e-4, recovery_steps=60, recovery_learning_rate=1e-4,
+        baseline_steps=400, baseline_learning_rate=1e-4, recovery_steps=60, recovery_learning_rate=1e-4,
         claim_steps=40, seeds=(0, 1, 2), calibration_size=256, sparsities=(0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
         lengths=(32, 128, 256, 512), latency_seconds=0.15, latency_rounds=3,
     ),

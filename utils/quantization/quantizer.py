@@ -1,0 +1,69 @@
+"""One interface for all quantizers: a parametrization of a weight, with a straight-through gradient, that also packs it.
+
+A quantizer is a small module that turns a weight into its quantized value, in floating point (`forward`), and into what a file
+would hold (`encode`). Attached to a trained model it is post-training quantization; attached before training, the forward pass
+sees quantized weights while the optimiser updates the full-precision ones underneath.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from utils.artifacts import Encoded
+from utils.bert import ENCODER, Matrix, matrices
+
+
+def straight_through(weight: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """The quantized value in the forward pass; in the backward pass its gradient goes to the weight unchanged."""
+    return weight + (quantized - weight).detach()
+
+
+class Quantizer(nn.Module):
+    """Base of all quantizers. A subclass gives `quantize` (value) and `encode` (what is stored of it)."""
+
+    def quantize(self, weight: torch.Tensor) -> torch.Tensor:
+        """The quantized value of a weight, of its shape and type."""
+        raise NotImplementedError
+
+    def encode(self, weight: torch.Tensor) -> Encoded:
+        """What a file stores of `quantize(weight)`: codes, scales, codebooks."""
+        raise NotImplementedError
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """`quantize` with the straight-through gradient. Override where levels are learned."""
+        return straight_through(weight, self.quantize(weight))
+
+
+def check_weight(weight: torch.Tensor) -> None:
+    """Raise ValueError for an empty weight or one with NaN or infinite entries."""
+    if not weight.numel() or not torch.isfinite(weight).all():
+        raise ValueError("a weight to quantize must have finite entries and at least one of them")
+
+
+def check_bits(bits: int) -> None:
+    """Raise ValueError unless bits is a whole number from 1 to 8."""
+    if bits not in range(1, 9):
+        raise ValueError(f"bits must be a whole number from 1 to 8, got {bits}")
+
+
+def attach(model: nn.Module, make: Callable[[Matrix], Quantizer], groups: tuple[str, ...] = ENCODER) -> list[str]:
+    """Quantize the weights of the groups from now on; `make(matrix)` gives each matrix its quantizer. Returns their names."""
+    names = []
+    for matrix in matrices(model, groups):
+        check_weight(matrix.weight)
+        parametrize.register_parametrization(matrix.module, "weight", make(matrix).to(matrix.weight.device))
+        names.append(matrix.name)
+    return names
+
+
+def detach(model: nn.Module) -> dict[str, Encoded]:
+    """Burn the quantized values in, remove all quantizers, and return how each weight is stored."""
+    encoded = {}
+    for name, module in list(model.named_modules()):
+        if parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], Quantizer):
+            quantizer, latent = module.parametrizations.weight[0], module.parametrizations.weight.original.detach()
+            encoded[f"{name}.weight"] = quantizer.encode(latent)
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    return encoded
