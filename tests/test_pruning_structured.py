@@ -93,7 +93,7 @@ def test_removed_heads_equal_closed_gates(implementation):
     gates[1], gates[2] = False, True  # one layer loses every head, one keeps all
     with heads.head_gates(model, gates.float()):
         gated = logits(model, batch, implementation)
-    heads.cut(model, gates)
+    heads.cut_closed(model, gates)
     close(logits(model, batch, implementation), gated)
     attention = model.bert.encoder.layer[0].attention
     kept = int(gates[0].sum())
@@ -209,7 +209,7 @@ def test_emptied_model_still_trains_attends_and_copies():
         (lambda m: surgery.remove_heads(m, {0: torch.ones(3, dtype=torch.bool)}), r"\(4,\)"),
         (lambda m: surgery.remove_heads(m, {-1: torch.ones(4, dtype=torch.bool)}), r"0\.\.3"),
         (lambda m: surgery.remove_ffn(m, 9), r"0\.\.3"),
-        (lambda m: heads.cut(m, torch.ones(2, 2)), "shapes"),
+        (lambda m: heads.cut_closed(m, torch.ones(2, 2)), "shapes"),
     ],
 )
 def test_surgery_refuses(call, message):
@@ -536,7 +536,7 @@ def test_iterative_head_pruning_follows_the_scores():
     with heads.head_gates(model, path[2].heads):
         assert path[2].metric == pytest.approx(closeness(model))
     cut = copy.deepcopy(model)
-    heads.cut(cut, path[2].heads)
+    heads.cut_closed(cut, path[2].heads)
     assert closeness(cut) == pytest.approx(path[2].metric, rel=1e-5)
 
 
@@ -688,7 +688,7 @@ def test_l0_training_closes_gates_and_cuts_them():
     assert log_alpha[heads.open_heads(log_alpha, 5)].min() >= log_alpha[~heads.open_heads(log_alpha, 5)].max()
     with heads.head_gates(model, keep.float()):
         gated = logits(model, batch)
-    heads.cut(model, keep)
+    heads.cut_closed(model, keep)
     close(logits(model, batch), gated)
     with pytest.raises(ValueError, match=r"0\.\.16"):
         heads.open_heads(log_alpha, 17)
@@ -729,7 +729,7 @@ def test_cutting_structures_equals_closed_gates():
     assert not step.heads.all() and not step.ffns.all()
     with heads.head_gates(model, step.heads), heads.ffn_gates(model, step.ffns):
         gated = logits(model, batch)
-    heads.cut(model, step.heads, step.ffns)
+    heads.cut_closed(model, step.heads, step.ffns)
     close(logits(model, batch), gated)
 
 

@@ -81,7 +81,8 @@ class Board:
             sizes_on_disk = artifacts.save(board.baseline.model, Path(folder) / "baseline.safetensors")
         board.baseline_row = {**board._accuracy(board.baseline.logits), **costs.parameter_counts(board.baseline.model),
                               **sizes_on_disk, **board._forward_costs(board.baseline.model),
-                              "train_seconds": round(board.baseline.train_seconds, 2)}  # fmt: skip
+                              "train_seconds": round(board.baseline.train_seconds, 2),
+                              "majority_accuracy": round(task.majority_accuracy(), 4)}  # fmt: skip
         origin = "from the cache" if board.baseline.from_cache else "fine-tuned now"
         print(f"{chapter} · profile {profile} · {where} · {len(task.train)} training and {len(task.validation)} validation texts")
         print(f"baseline ({origin}): accuracy {board.baseline_row['accuracy']:.4f}, "

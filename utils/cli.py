@@ -24,7 +24,7 @@ from utils import CompanionError
 
 app = typer.Typer(help="BERT compression companion: run, build and check the notebooks.", no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False)  # fmt: skip
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 150)
 errors = Console(stderr=True)
 DEFAULTS = {"MODEL": "embedded", "DATASET": "rotten_tomatoes", "SEED": 0, "DEVICE": "auto"}
 README_MARKS = ("<!-- results:begin -->", "<!-- results:end -->")

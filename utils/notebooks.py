@@ -61,23 +61,29 @@ def weave(chapter: str) -> nbformat.NotebookNode:
 def weave_cell(source: str, seen: dict[str, str]) -> str:
     """Replace `from module import a, b` by the source of a and b and the imports they need."""
     statements = ast.parse(source).body
-    if not statements or not all(isinstance(node, ast.ImportFrom) for node in statements):
-        raise CompanionError(f"a weave cell may hold `from module import names` only, got: {source[:80]!r}")
+    plain = [isinstance(node, ast.ImportFrom) and not any(alias.asname for alias in node.names) for node in statements]
+    if not plain or not all(plain):
+        raise CompanionError(f"a weave cell may hold `from module import names` only, without `as`, got: {source[:80]!r}")
     wanted = [(node.module, [alias.name for alias in node.names]) for node in statements]
     seen |= {name: f"{module}:{name}" for module, names in wanted for name in names}
     imports, blocks = [], []
     for module, names in wanted:
         path = Path(importlib.util.find_spec(module).origin)
         tree, text = ast.parse(path.read_text(encoding="utf-8")), path.read_text(encoding="utf-8")
-        segments = [_definition(tree, text, name, module) for name in names]
+        segments = list(dict.fromkeys(_definition(tree, text, name, module) for name in names))
         imports += _needed_imports(tree, "\n".join(segments), module, seen)
         blocks.append(f"# source: {path.relative_to(ROOT)}\n" + "\n\n\n".join(segments))
     return "\n\n\n".join((["\n".join(_sorted(imports))] if imports else []) + blocks)
 
 
 def _sorted(imports: list[str]) -> list[str]:
-    """Standard order: `import x` and third party before our own, each line once."""
-    return sorted(set(imports), key=lambda line: (" utils" in line.split("import")[0], line.startswith("from"), line))
+    """One line per module, in the usual order: `import x`, then third party, then our own."""
+    merged: dict[str, list[str]] = {}
+    for line in dict.fromkeys(imports):
+        head, found, name = line.partition(" import ")
+        merged.setdefault(f"{head} import " if found else line, []).append(name)
+    lines = [head + ", ".join(sorted(filter(None, names))) for head, names in merged.items()]
+    return sorted(lines, key=lambda line: (line.startswith("from utils"), line.startswith("from"), line))
 
 
 def _definition(tree: ast.Module, text: str, name: str, module: str) -> str:
@@ -96,7 +102,7 @@ def _bound_names(node: ast.stmt) -> set[str]:
     if isinstance(node, ast.Import | ast.ImportFrom):
         return {alias.asname or alias.name.split(".")[0] for alias in node.names}
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
 
 
 def _needed_imports(tree: ast.Module, segment: str, module: str, seen: dict[str, str]) -> list[str]:

@@ -78,6 +78,10 @@ class Task:
     def num_labels(self) -> int:
         return len(self.label_names)
 
+    def majority_accuracy(self) -> float:
+        """Validation accuracy of always answering the most frequent training label: the cheapest control of all."""
+        return (self.validation.labels == self.train.labels.bincount().argmax()).float().mean().item()
+
 
 def load(name: str, tokenizer: PreTrainedTokenizerBase, profile: Profile) -> Task:
     """Read, split, cut to the profile's sizes and tokenise. Raises CompanionError for data that cannot be classified."""

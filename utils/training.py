@@ -81,10 +81,10 @@ def train(
                 value = loss(model, batch)
             value.backward()
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad(set_to_none=True)
             if after_step is not None:
-                after_step(step, model, optimizer)
+                after_step(step, model, optimizer)  # before the schedule moves on: a proximal step needs this step's rate
+            schedule.step()
             log.tokens += batch["input_ids"].numel()
             log.losses.append(value.item())
     model.eval()

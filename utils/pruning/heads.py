@@ -2,7 +2,7 @@
 
 Everything hangs on gates. A head's output z_h is multiplied by a gate xi_h before the output projection, a feed-forward
 block's output by a gate nu. Closed gates (0) are the model without that part, gradients with respect to gates are importance
-(P-19, P-24) or relevance (P-20), random gates with learned rates are L0 regularisation (P-21). `cut` removes closed parts.
+(P-19, P-24) or relevance (P-20), random gates with learned rates are L0 regularisation (P-21). `cut_closed` removes closed parts.
 Gates have shape (layers, heads) and (layers,), or with a leading batch dimension, one set per sentence.
 """
 
@@ -63,7 +63,7 @@ def ffn_gates(model: nn.Module, gates: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def cut(model: nn.Module, heads: torch.Tensor, ffns: torch.Tensor | None = None) -> None:
+def cut_closed(model: nn.Module, heads: torch.Tensor, ffns: torch.Tensor | None = None) -> None:
     """Remove closed heads (layers, heads) and feed-forward blocks (layers,) for good, in place; the gated model's logits stay.
 
     Raises ValueError for a mask of another shape.

@@ -64,6 +64,7 @@ class Mask(nn.Module):
         self.register_buffer("mask", mask.clone())
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight that the layer uses."""
         return weight * self.mask
 
 

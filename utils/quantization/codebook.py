@@ -1,0 +1,464 @@
+"""Survey section 3.3: quantization by codebooks. k-means, static and trained; product and residual; multi-bit binary codes.
+
+The levels follow the weights instead of a grid. Scalars: k centroids (`StaticKMeans`, `TrainedKMeans`). Vectors: one index for
+several weights (`ProductQuantizer`, `ResidualQuantizer`). Binary codes: all sums +-alpha_1 +-...+- alpha_k (`MultiBitQuantizer`).
+Codebooks are fitted when a quantizer is made, so these take the weight: `attach(model, lambda m: StaticKMeans(m.weight, 4))`.
+"""
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from utils import artifacts
+from utils.artifacts import Encoded, pack_bits, unpack_bits
+from utils.quantization.quantizer import Quantizer, check_bits, check_weight
+
+CHUNK = 2**24  # distances held at a time
+
+
+def check_count(k: int, available: int, what: str) -> None:
+    """Raise ValueError where there are fewer points than centroids."""
+    if k > available:
+        raise ValueError(f"{k} centroids need as many {what}, the weight has {available}: take fewer bits")
+
+
+# --- k-means of scalars ---------------------------------------------------------------------------------------------
+
+
+def linear_init(x: torch.Tensor, k: int, seed: int = 0) -> torch.Tensor:
+    """k centroids evenly spaced from the smallest to the largest value: the rare large weights get theirs. x is sorted."""
+    return x[0] + (x[-1] - x[0]) * (torch.arange(k, device=x.device) / max(1, k - 1))
+
+
+def density_init(x: torch.Tensor, k: int, seed: int = 0) -> torch.Tensor:
+    """The middle of each of k equally filled bins: centroids where the weights are. x is sorted."""
+    middles = (torch.arange(k, device=x.device) + 0.5) / k * len(x)
+    return x[middles.long()]
+
+
+def plus_plus_init(x: torch.Tensor, k: int, seed: int = 0, sample: int = 2**16) -> torch.Tensor:
+    """k-means++: each next centroid is a value drawn with a probability proportional to its squared distance to the chosen ones.
+
+    Arthur, Vassilvitskii 2007. x is sorted; a long one is thinned out evenly to at least `sample` values first.
+    """
+    x = x[:: max(1, len(x) // sample)].cpu()
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [x[torch.randint(len(x), (1,), generator=generator)]]
+    distance = (x - chosen[0]).square()
+    for _ in range(k - 1):
+        share = distance if distance.sum() > 0 else torch.ones_like(distance)  # fewer different values than centroids
+        drawn = torch.rand(1, generator=generator) * share.sum()
+        chosen.append(x[torch.searchsorted(share.cumsum(0), drawn).clamp(max=len(x) - 1)])
+        distance = torch.minimum(distance, (x - chosen[-1]).square())
+    return torch.cat(chosen).sort().values
+
+
+INITS: dict[str, Callable[[torch.Tensor, int, int], torch.Tensor]] = {
+    "linear": linear_init, "density": density_init, "++": plus_plus_init,
+}  # fmt: skip
+
+
+def prefix_sums(x: torch.Tensor) -> torch.Tensor:
+    """S with S[j] - S[i] = x[i] + ... + x[j-1], float64, (n + 1,)."""
+    return torch.nn.functional.pad(x.double().cumsum(0), (1, 0))
+
+
+def borders(centroids: torch.Tensor) -> torch.Tensor:
+    """Halfway between neighbours: where the nearest of the sorted centroids changes, (..., k - 1)."""
+    return (centroids[..., 1:] + centroids[..., :-1]) / 2
+
+
+def lloyd(x: torch.Tensor, centroids: torch.Tensor, iterations: int = 100) -> torch.Tensor:
+    """Lloyd's algorithm on sorted values: move each centroid to the mean of the values nearest to it, until nothing moves.
+
+    In one dimension a cluster is a stretch of the sorted values, and its mean a difference of two prefix sums: one iteration
+    costs k binary searches, however many weights there are. An empty cluster stays where it is.
+    """
+    S, n = prefix_sums(x), torch.tensor([len(x)], device=x.device)
+    for _ in range(iterations):
+        ends = torch.searchsorted(x, borders(centroids), right=True)
+        cuts = torch.cat([torch.zeros_like(n), ends, n])
+        counts = cuts.diff()
+        moved = torch.where(counts > 0, S[cuts].diff() / counts.clamp(min=1), centroids.double()).to(x.dtype)
+        if torch.equal(moved, centroids):
+            break
+        centroids = moved
+    return centroids
+
+
+def kmeans(weight: torch.Tensor, k: int, init: str = "++", iterations: int = 100, seed: int = 0) -> torch.Tensor:
+    """The k centroids of a weight's entries, sorted, (k,). Raises ValueError for an unknown init and too few entries."""
+    check_weight(weight)
+    check_count(k, weight.numel(), "values")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    x = weight.detach().float().flatten().sort().values
+    return lloyd(x, INITS[init](x, k, seed).to(x.device).sort().values, iterations)
+
+
+def nearest(weight: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """The index of the nearest of the sorted centroids, for every entry."""
+    return torch.bucketize(weight.detach().float(), borders(centroids))
+
+
+class StaticKMeans(Quantizer):
+    """Static k-means: 2^bits centroids per matrix, fitted once to the trained weights. Muller, Indiveri 2015, survey 3.3.
+
+    `init` is `++`, `linear` or `density`. Raises ValueError for bits outside 1 to 8 and more centroids than weights.
+    """
+
+    def __init__(self, weight: torch.Tensor, bits: int, init: str = "++", iterations: int = 100, seed: int = 0):
+        super().__init__()
+        check_bits(bits)
+        self.bits = bits
+        self.register_buffer("centroids", kmeans(weight, 2**bits, init, iterations, seed))
+
+    def quantize(self, weight: torch.Tensor) -> torch.Tensor:
+        """The nearest centroid of every weight."""
+        return self.centroids[nearest(weight, self.centroids)].to(weight.dtype)
+
+    def encode(self, weight: torch.Tensor) -> Encoded:
+        """Packed indices and the codebook."""
+        return artifacts.codebook(nearest(weight, self.centroids), self.centroids.unsqueeze(1), weight.shape, self.bits)
+
+
+class SharedWeights(torch.autograd.Function):
+    """w_ij = c[I_ij]; backwards dL/dc_k = sum over all ij with I_ij = k of dL/dw_ij."""
+
+    @staticmethod
+    def forward(ctx, centroids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Look the centroids up: (k,) and indices of any shape give a weight of that shape."""
+        ctx.save_for_backward(index)
+        ctx.k = len(centroids)
+        return centroids[index.long()]
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Gather the gradients of all weights that share a centroid."""
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.k).scatter_add_(0, index.flatten().long(), gradient.flatten()), None
+
+
+class TrainedKMeans(Quantizer):
+    """Trained k-means, the weight sharing of Deep Compression (Han et al. 2015, survey 3.3): only the 2^bits centroids learn.
+
+    Indices are fixed when the quantizer is made; the weight underneath gets no gradient. Linear initialisation is the paper's
+    choice. Raises ValueError for bits outside 1 to 8 and more centroids than weights.
+    """
+
+    def __init__(self, weight: torch.Tensor, bits: int, init: str = "linear", iterations: int = 100, seed: int = 0):
+        super().__init__()
+        check_bits(bits)
+        self.bits = bits
+        self.centroids = nn.Parameter(kmeans(weight, 2**bits, init, iterations, seed))
+        self.register_buffer("index", nearest(weight, self.centroids.detach()).to(torch.uint8))
+
+    def quantize(self, weight: torch.Tensor) -> torch.Tensor:
+        """The centroid of every weight's index, whatever the weight is by now."""
+        return SharedWeights.apply(self.centroids, self.index).to(weight.dtype)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """As `quantize`: the gradient goes to the centroids."""
+        return self.quantize(weight)
+
+    def encode(self, weight: torch.Tensor) -> Encoded:
+        """Packed indices and the codebook."""
+        return artifacts.codebook(self.index, self.centroids.detach().unsqueeze(1), weight.shape, self.bits)
+
+    def counts(self) -> list[int]:
+        """How often each index occurs: what Huffman coding needs."""
+        return torch.bincount(self.index.flatten().long(), minlength=2**self.bits).tolist()
+
+
+# --- Huffman coding of the indices ----------------------------------------------------------------------------------
+
+
+def huffman_lengths(counts: Sequence[int]) -> list[int]:
+    """Bits of each symbol's Huffman code word, 0 for a symbol that never occurs. Han et al. 2015, survey 3.3.
+
+    The two rarest groups of symbols merge until one is left; every merge makes the words of its symbols one bit longer.
+    """
+    lengths = [0] * len(counts)
+    heap = [(count, [symbol]) for symbol, count in enumerate(counts) if count]
+    heapq.heapify(heap)
+    if len(heap) == 1:
+        lengths[heap[0][1][0]] = 1  # even a lone symbol must be written
+    while len(heap) > 1:
+        (a, left), (b, right) = heapq.heappop(heap), heapq.heappop(heap)
+        for symbol in left + right:
+            lengths[symbol] += 1
+        heapq.heappush(heap, (a + b, left + right))
+    return lengths
+
+
+def huffman_bits(counts: Sequence[int]) -> int:
+    """Size of the coded indices in bits, without the table of code lengths."""
+    return sum(count * length for count, length in zip(counts, huffman_lengths(counts), strict=True))
+
+
+def entropy_bits(counts: Sequence[int]) -> float:
+    """The lower bound of any symbol code: n * H with H = -sum p log2 p."""
+    n = sum(counts)
+    return -sum(count * math.log2(count / n) for count in counts if count)
+
+
+def sharing_rate(n: int, k: int, b: int = 32) -> float:
+    """r = n b / (n log2 k + k b): what n weights of b bits save when they share k values. Han et al. 2015, survey 3.3."""
+    return n * b / (n * math.log2(k) + k * b)
+
+
+# --- k-means of vectors: points (sets, points, d), centroids (sets, k, d) -------------------------------------------
+
+
+def nearest_vector(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """The index of the nearest centroid of each point, (sets, points), as the least |c|^2 - 2 p.c."""
+    half_norm = centroids.square().sum(-1).unsqueeze(1) / 2
+    step = max(1, CHUNK // (centroids.shape[0] * centroids.shape[1]))
+    with torch.autocast(points.device.type, enabled=False):  # bfloat16 would find other neighbours
+        pieces = [(half_norm - p @ centroids.mT).argmin(-1) for p in points.split(step, dim=1)]
+    return torch.cat(pieces, dim=1)
+
+
+def mean_vectors(points: torch.Tensor, index: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """The mean of the points of each index; an index without points keeps its centroid."""
+    sums = torch.zeros_like(centroids).scatter_add_(1, index.unsqueeze(-1).expand_as(points), points)
+    counts = centroids.new_zeros(centroids.shape[:2]).scatter_add_(1, index, torch.ones_like(points[..., 0])).unsqueeze(-1)
+    return torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
+
+
+def kmeans_vectors(points: torch.Tensor, k: int, iterations: int = 15, seed: int = 0) -> torch.Tensor:
+    """Lloyd's algorithm on several sets of points at once; starts from k different points of each set."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randperm(points.shape[1], generator=generator)[:k].to(points.device)
+    centroids = points[:, start]
+    for _ in range(iterations):
+        centroids = mean_vectors(points, nearest_vector(points, centroids), centroids)
+    return centroids
+
+
+def look_up(centroids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The vectors (sets, points, d) that the indices (sets, points) name."""
+    return centroids.gather(1, index.unsqueeze(-1).expand(-1, -1, centroids.shape[-1]))
+
+
+def cut_columns(weight: torch.Tensor, s: int) -> torch.Tensor:
+    """W (m, n) as s sets of m sub-rows, (s, m, n / s)."""
+    return weight.unflatten(1, (s, -1)).transpose(0, 1).contiguous()
+
+
+def paste_columns(points: torch.Tensor) -> torch.Tensor:
+    """The inverse of `cut_columns`."""
+    return points.transpose(0, 1).flatten(1)
+
+
+class ProductQuantizer(Quantizer):
+    """Product quantization: W is cut into s blocks of columns, each with a codebook of 2^bits sub-rows.
+
+    Gong et al. 2014, survey 3.3. A sub-row costs one index: the rate is 32 m n / (32 k n + log2(k) m s) for W (m, n).
+    `axis="rows"` cuts the rows instead, and sub-columns share. Raises ValueError for bits outside 1 to 8, an `s` that does not
+    divide the axis, and more centroids than sub-vectors in a block.
+    """
+
+    def __init__(self, weight: torch.Tensor, s: int, bits: int = 8, axis: str = "columns", iterations: int = 15, seed: int = 0):
+        super().__init__()
+        check_bits(bits)
+        check_weight(weight)
+        if axis not in ("columns", "rows"):
+            raise ValueError(f"axis must be 'columns' or 'rows', got {axis!r}")
+        length = weight.shape[1 if axis == "columns" else 0]
+        if s < 1 or length % s:
+            raise ValueError(f"s must divide the {length} {axis}, got {s}")
+        check_count(2**bits, weight.numel() // length, "sub-vectors per block")
+        self.bits, self.s, self.axis = bits, s, axis
+        self.register_buffer("centroids", kmeans_vectors(self.points(weight), 2**bits, iterations, seed))
+
+    def points(self, weight: torch.Tensor) -> torch.Tensor:
+        """The sub-vectors of a weight, (s, points, d)."""
+        w = weight.detach().float()
+        return cut_columns(w if self.axis == "columns" else w.T, self.s)
+
+    def quantize(self, weight: torch.Tensor) -> torch.Tensor:
+        """The nearest sub-vector of each block's codebook."""
+        w = paste_columns(look_up(self.centroids, nearest_vector(self.points(weight), self.centroids)))
+        return (w if self.axis == "columns" else w.T).to(weight.dtype)
+
+    def encode(self, weight: torch.Tensor) -> Encoded:
+        """Packed indices (s, points) and s codebooks."""
+        index = nearest_vector(self.points(weight), self.centroids)
+        parts = {"codes": pack_bits(index, self.bits), "centroids": self.centroids}
+        return Encoded("product", tuple(weight.shape), parts, {"bits": self.bits, "axis": self.axis})
+
+
+def _decode_product(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
+    s, points = len(parts["centroids"]), shape[0 if meta["axis"] == "columns" else 1]
+    index = unpack_bits(parts["codes"], meta["bits"], s * points).view(s, points).long()
+    w = paste_columns(look_up(parts["centroids"], index))
+    return w if meta["axis"] == "columns" else w.T.contiguous()
+
+
+def product_rate(m: int, n: int, s: int, k: int) -> float:
+    """r = 32 m n / (32 k n + log2(k) m s), survey 3.3."""
+    return 32 * m * n / (32 * k * n + math.log2(k) * m * s)
+
+
+def residual_rate(m: int, n: int, t: int, k: int) -> float:
+    """r = 32 m n / (32 t k n + t m log2 k) for t rounds on whole rows; the survey prints m / (t k + log2(k) t n), a slip."""
+    return 32 * m * n / (32 * t * k * n + t * m * math.log2(k))
+
+
+class ResidualQuantizer(Quantizer):
+    """Residual quantization: k-means on the rows, then on what is left of them, t times; w = c_1 + ... + c_t. Gong et al. 2014.
+
+    Survey 3.3. `length` cuts rows into pieces that share the codebooks (None: whole rows, as in the paper, where the codebooks
+    can outweigh the matrix). Raises ValueError for bits outside 1 to 8, t below 1, a length that does not divide the row, and
+    more centroids than vectors.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, t: int, bits: int = 8, length: int | None = None, iterations: int = 15, seed: int = 0
+    ):
+        super().__init__()
+        check_bits(bits)
+        check_weight(weight)
+        self.bits, self.length = bits, length or weight.shape[1]
+        if t < 1 or self.length < 1 or weight.shape[1] % self.length:
+            raise ValueError(f"t must be 1 or more and length divide the {weight.shape[1]} columns, got {t} and {length}")
+        check_count(2**bits, weight.numel() // self.length, "vectors")
+        residual, codebooks = self.points(weight), []
+        for i in range(t):
+            codebooks.append(kmeans_vectors(residual, 2**bits, iterations, seed + i))
+            residual = residual - look_up(codebooks[-1], nearest_vector(residual, codebooks[-1]))
+        self.register_buffer("centroids", torch.cat(codebooks))  # (t, k, length)
+
+    def points(self, weight: torch.Tensor) -> torch.Tensor:
+        """The pieces of all rows, (1, points, length)."""
+        return weight.detach().float().reshape(1, -1, self.length)
+
+    def indices(self, weight: torch.Tensor) -> torch.Tensor:
+        """One index per round and piece, (t, points), chosen round by round."""
+        residual, indices = self.points(weight), []
+        for C in self.centroids.split(1):
+            indices.append(nearest_vector(residual, C))
+            residual = residual - look_up(C, indices[-1])
+        return torch.cat(indices)
+
+    def quantize(self, weight: torch.Tensor) -> torch.Tensor:
+        """The sum of the chosen vectors of all rounds."""
+        return look_up(self.centroids, self.indices(weight)).sum(0).view_as(weight).to(weight.dtype)
+
+    def encode(self, weight: torch.Tensor) -> Encoded:
+        """Packed indices (t, points) and t codebooks."""
+        parts = {"codes": pack_bits(self.indices(weight), self.bits), "centroids": self.centroids}
+        return Encoded("residual", tuple(weight.shape), parts, {"bits": self.bits})
+
+
+def _decode_residual(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
+    t, _, length = parts["centroids"].shape
+    points = math.prod(shape) // length
+    index = unpack_bits(parts["codes"], meta["bits"], t * points).view(t, points).long()
+    return look_up(parts["centroids"], index).sum(0).view(shape)
+
+
+# --- multi-bit binary codes: w (rows, n), alpha (rows, k), B (rows, k, n) of -1 and 1 -------------------------------
+
+
+def signs(w: torch.Tensor) -> torch.Tensor:
+    """-1 for a negative value, else 1."""
+    return torch.where(w < 0, -1.0, 1.0).to(w)
+
+
+def decode_bits(alpha: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """w = sum_i alpha_i b_i, row by row, (rows, n)."""
+    return (alpha.unsqueeze(-1) * B).sum(1)
+
+
+def least_squares(w: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """alpha = (B^T B)^-1 B^T w of each row; pseudo-inverse where two codes of a row are equal."""
+    B = B.double()  # which mixed precision leaves alone
+    gram, target = B @ B.mT / w.shape[-1], B @ w.double().unsqueeze(-1) / w.shape[-1]
+    return (torch.linalg.pinv(gram, hermitian=True, rtol=1e-9) @ target).squeeze(-1).to(w.dtype)
+
+
+def greedy_bits(w: torch.Tensor, k: int, refine: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy codes: b_i = sign(r), alpha_i = |r|_1 / n, r the residual so far. Guo et al. 2017 (network sketching), survey 3.3.
+
+    Refined: after each new b all alphas so far are solved for again by least squares, and the residual is that of the new ones.
+    """
+    r, alpha, B = w, w[:, :0], w.unsqueeze(1)[:, :0]
+    for _ in range(k):
+        B = torch.cat([B, signs(r).unsqueeze(1)], dim=1)
+        alpha = least_squares(w, B) if refine else torch.cat([alpha, r.abs().mean(-1, keepdim=True)], dim=1)
+        r = w - decode_bits(alpha, B)
+    return alpha, B
+
+
+def recode(w: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """The best B for given alphas: per entry the nearest of the 2^k sorted values +-alpha_1 +-...+- alpha_k, by binary search."""
+    k = alpha.shape[-1]
+    numbers = torch.arange(2**k, device=w.device).unsqueeze(-1) >> torch.arange(k, device=w.device)
+    S = (2 * (numbers & 1) - 1).to(w)  # (2^k, k): all sign patterns
+    values, order = (alpha.unsqueeze(1) * S).sum(-1).sort(-1)
+    index = torch.searchsorted(borders(values).contiguous(), w.contiguous())
+    return S[order.gather(-1, index)].transpose(1, 2)
+
+
+def alternating_bits(w: torch.Tensor, k: int, cycles: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Alternate the best alphas for the codes and the best codes for the alphas, from the greedy start.
+
+    Xu et al. 2018, survey 3.3. Neither step can make the error larger; two cycles suffice, says the paper.
+    """
+    alpha, B = greedy_bits(w, k)
+    for _ in range(cycles):
+        alpha = least_squares(w, B)
+        B = recode(w, alpha)
+    return alpha, B
+
+
+MULTI_BIT: dict[str, Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]] = {
+    "greedy": greedy_bits,
+    "refined": lambda w, k: greedy_bits(w, k, refine=True),
+    "alternating": alternating_bits,
+}
+
+
+class MultiBitQuantizer(Quantizer):
+    """k binary codes with a scale each, per row: w = sum_i alpha_i b_i. Guo et al. 2017, Xu et al. 2018, survey 3.3.
+
+    `method` is `greedy`, `refined` or `alternating`. Trained with it, the model solves Xu's bi-level problem: the codes are the
+    inner minimum for the present weights, and the gradient at the quantized weights moves the weights underneath. Takes any
+    shape (..., n), so `quantized_inputs` may use it for activations. Raises ValueError for bits outside 1 to 8.
+    """
+
+    def __init__(self, bits: int, method: str = "alternating"):
+        super().__init__()
+        check_bits(bits)
+        if method not in MULTI_BIT:
+            raise ValueError(f"method must be one of {', '.join(MULTI_BIT)}, got {method!r}")
+        self.bits, self.solve = bits, MULTI_BIT[method]
+
+    def codes(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha (rows, k) and B (rows, k, n)."""
+        check_weight(weight)
+        return self.solve(weight.detach().float().flatten(0, -2), self.bits)
+
+    def quantize(self, weight: torch.Tensor) -> torch.Tensor:
+        """The sum of the scaled codes."""
+        return decode_bits(*self.codes(weight)).view_as(weight).to(weight.dtype)
+
+    def encode(self, weight: torch.Tensor) -> Encoded:
+        """One packed bit per entry and code, and k scales per row."""
+        alpha, B = self.codes(weight)
+        parts = {"codes": pack_bits((B > 0).to(torch.uint8), 1), "alpha": alpha.contiguous()}
+        return Encoded("multi_bit", tuple(weight.shape), parts)
+
+
+def _decode_multi_bit(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
+    alpha = parts["alpha"]
+    B = unpack_bits(parts["codes"], 1, alpha.numel() * shape[-1]).view(*alpha.shape, shape[-1])
+    return decode_bits(alpha, 2.0 * B - 1).view(shape)
+
+
+artifacts.DECODERS |= {"product": _decode_product, "residual": _decode_residual, "multi_bit": _decode_multi_bit}
