@@ -6,7 +6,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-TINY = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "num_labels": 2}
+TINY = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "num_labels": 2,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -48,5 +55,7 @@ def board(run_cache, tmp_path_factory):
         patch.setenv("COMPANION_OUT", str(tmp_path_factory.mktemp("out")))
         opened = Board.open("01_pruning", "smoke")
         yield opened
-        content = json.loads(opened.close().read_text())  # closing must write a readable file, whatever the tests put on the board
+        content = json.loads(
+            opened.close().read_text()
+        )  # closing must write a readable file, whatever the tests put on the board
         assert content["chapter"] == "01_pruning"

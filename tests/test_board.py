@@ -45,7 +45,7 @@ def test_a_row_has_every_field_and_survives_json(board):
     row = board.measure(model, method="P-03", label="half", effect={"sparsity": 0.5})
     assert set(row) >= ROW_FIELDS
     assert json.loads(json.dumps(row, allow_nan=False)) == json.loads(json.dumps(row))
-    pruned = sum(p.numel() for n, p in model.named_parameters() if n.endswith("dense.weight") or "self" in n and "weight" in n)
+    pruned = sum(p.numel() for n, p in model.named_parameters() if n.endswith("dense.weight") or ("self" in n and "weight" in n))
     assert row["effect"]["weights_touched"] == pytest.approx(0.5 * (pruned - 384 * 384), rel=0.01)
     assert row["stored_bytes"] < board.baseline_row["stored_bytes"]
     assert row["accuracy"] == pytest.approx(board.accuracy(model), abs=1e-6)

@@ -40,7 +40,11 @@ def test_parameter_counts_by_hand(tiny):
     counts = costs.parameter_counts(tiny)
     embeddings = (100 + 512 + 2 + 2) * 32
     layer = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 4 * 32
-    assert counts["parameters"] == embeddings + 2 * layer + 32 * 32 + 32 + 2 * 33 == sum(costs.parameters_by_component(tiny).values())
+    assert (
+        counts["parameters"]
+        == embeddings + 2 * layer + 32 * 32 + 32 + 2 * 33
+        == sum(costs.parameters_by_component(tiny).values())
+    )
     assert counts["parameters_without_embeddings"] == counts["parameters"] - embeddings
 
 

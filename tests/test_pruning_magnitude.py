@@ -54,7 +54,9 @@ def test_random_masks_have_the_same_sparsity_everywhere_and_another_choice(tiny)
     by_lot, by_size = magnitude.random_masks(tiny, 0.6, seed=1), magnitude.magnitude_masks(tiny, 0.6)
     assert all(by_lot[name].sum() == by_size[name].sum() for name in by_size)
     assert any(not torch.equal(by_lot[name], by_size[name]) for name in by_size)
-    assert all(torch.equal(a, b) for a, b in zip(by_lot.values(), magnitude.random_masks(tiny, 0.6, seed=1).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(by_lot.values(), magnitude.random_masks(tiny, 0.6, seed=1).values(), strict=True)
+    )
 
 
 @pytest.mark.method("P-03", "P-04a", "P-04b", "P-04c")

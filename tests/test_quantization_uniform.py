@@ -82,7 +82,10 @@ def test_one_symmetric_bit_has_two_levels_and_more_bits_keep_zero(weight):
 @pytest.mark.parametrize("bits", BITS)
 def test_mse_range_is_the_best_of_its_grid_and_ranges_follow_their_rules(weight, bits, symmetric):
     x = weight.flatten()
-    error = lambda lo, hi: (uniform.fake_quantize(x, lo, hi, bits, symmetric) - x).square().mean().item()
+
+    def error(lo, hi):
+        return (uniform.fake_quantize(x, lo, hi, bits, symmetric) - x).square().mean().item()
+
     lo, hi = uniform.max_range(x, bits, symmetric)
     grid = min(error(lo * i / 50, hi * i / 50) for i in range(1, 51))
     assert error(*uniform.mse_range(x, bits, symmetric)) == pytest.approx(grid, rel=1e-5)
@@ -98,7 +101,10 @@ def test_kl_divergence_is_scipys_and_the_clip_falls_between_bulk_and_outlier():
     from scipy.stats import entropy
 
     counts = torch.tensor([5.0, 3.0, 0.0, 2.0, 1.0, 4.0])
-    P, Q = np.array([5, 3, 0, 7.0]), np.array([4, 4, 1e-12, 2.0])  # kept 4 bins, 2 levels of 2 bins, the tail 1 + 4 goes into the last
+    P, Q = (
+        np.array([5, 3, 0, 7.0]),
+        np.array([4, 4, 1e-12, 2.0]),
+    )  # kept 4 bins, 2 levels of 2 bins, the tail 1 + 4 goes into the last
     assert uniform.clip_divergence(counts, 4, 2).item() == pytest.approx(entropy(P, Q), rel=1e-5)
     x = torch.cat([torch.randn(20000), torch.tensor([14.0])])
     _, hi = uniform.kl_range(x, 8, True)
@@ -216,7 +222,7 @@ def test_impossible_settings_are_refused(weight):
         UniformQuantizer(4, clip="best")
     with pytest.raises(ValueError, match="divide the 32 columns"):
         UniformQuantizer(4, granularity="group", group_size=5).quantize(weight)
-    with pytest.raises(ValueError, match="0.5 to 1"):
+    with pytest.raises(ValueError, match=r"0\.5 to 1"):
         uniform.percentile_range(weight, 4, True, share=2)
     with pytest.raises(ValueError, match="2 to 8"):
         PowerOfTwoQuantizer(1)
@@ -289,7 +295,7 @@ def test_every_operand_of_attention_is_rounded_to_its_own_range():
     mask = torch.zeros(2, 1, 1, 6)
     mask[1, ..., 4:] = -torch.inf
     output, _ = uniform.quantized_attention_forward(module, Q, K, V, mask, 5**-0.5)
-    r = lambda x: uniform.q_k_general(x, 3)
+    r = functools.partial(uniform.q_k_general, bits=3)
     expected = r(torch.softmax(r(Q) @ r(K).mT / 5**0.5 + mask, -1)) @ r(V)
     torch.testing.assert_close(output, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
 

@@ -100,7 +100,7 @@ def test_other_encodings_and_unknown_formats(tokenizer, tmp_path):
     with pytest.raises(CompanionError, match="not UTF-8"):
         tasks.load(str(tmp_path / "latin.csv"), tokenizer, SMOKE)
     (tmp_path / "data.xlsx").write_bytes(b"PK")
-    with pytest.raises(CompanionError, match="use one of .csv"):
+    with pytest.raises(CompanionError, match=r"use one of \.csv"):
         tasks.load(str(tmp_path / "data.xlsx"), tokenizer, SMOKE)
     with pytest.raises(CompanionError, match="needs a train"):
         tasks.load(str(tmp_path), tokenizer, SMOKE)
@@ -131,7 +131,7 @@ def test_model_folders(tiny, tmp_path, monkeypatch):
     with pytest.raises(CompanionError, match=r"no \*.safetensors weights"):
         bert.load(str(tmp_path / "weightless"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CompanionError, match="no config.json"):
+    with pytest.raises(CompanionError, match=r"no config\.json"):
         bert.load(str(tmp_path / "empty"))
     (tmp_path / "roberta").mkdir()
     RobertaConfig().save_pretrained(tmp_path / "roberta")

@@ -40,6 +40,7 @@ class Encoded:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts.values())
 
 
@@ -171,7 +172,9 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The first `count` codes of a packed tensor, as uint8."""
     if packed.numel() != math.ceil(count * bits / 8):
-        raise ArtifactError(f"{count} codes of {bits} bits need {math.ceil(count * bits / 8)} bytes, the file has {packed.numel()}")
+        raise ArtifactError(
+            f"{count} codes of {bits} bits need {math.ceil(count * bits / 8)} bytes, the file has {packed.numel()}"
+        )
     if bits == 8:
         return packed
     table = np.unpackbits(packed.numpy(), count=count * bits).reshape(count, bits)
@@ -256,14 +259,24 @@ def load(path: Path) -> BertForSequenceClassification:
     from utils.pruning.surgery import fit_structure
 
     header, state = read(path)
-    config = BertConfig.from_dict(header["config"])
-    model = BertForSequenceClassification(config)
+    model = _empty(BertConfig.from_dict(header["config"]))
     fit_structure(model, {name: tensor.shape for name, tensor in state.items()})
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ArtifactError(f"{path} does not fit the model that it describes: {str(error).splitlines()[0]}") from None
     return model.eval()
+
+
+def _empty(config: BertConfig) -> BertForSequenceClassification:
+    """A BERT whose parameters are memory without meaning: drawing random ones to overwrite them would take most of the time."""
+    with torch.device("meta"):
+        model = BertForSequenceClassification(config)
+    model.to_empty(device="cpu")
+    embeddings = model.bert.embeddings  # the two buffers that no state dict holds
+    embeddings.position_ids.copy_(torch.arange(config.max_position_embeddings).expand(1, -1))
+    embeddings.token_type_ids.zero_()
+    return model
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:

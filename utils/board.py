@@ -75,7 +75,6 @@ class Board:
         task = tasks.load(dataset, bert.load_tokenizer(model), sizes)
         board = cls(chapter, sizes, task, fine_tuned(model, task, sizes, seed, where), seed, where, model)
         board.started = started
-        board._fingerprint = bert.fingerprint(board.baseline.model)
         board._energy = costs.EnergyMeter()
         with tempfile.TemporaryDirectory() as folder:
             sizes_on_disk = artifacts.save(board.baseline.model, Path(folder) / "baseline.safetensors")
@@ -154,6 +153,11 @@ class Board:
         print(self.summary(row))
         return row
 
+    def latency(self, model: nn.Module, batch: int, rounds: int | None = None) -> dict:
+        """Speed relative to the baseline, in turns with it (see `costs.latency_ratio`)."""
+        return costs.latency_ratio(self.baseline.model, model, batch, self.profile.latency_seconds,
+                                   rounds or self.profile.latency_rounds, self.profile.latency_length)  # fmt: skip
+
     def claim(self, id: str, statement: str, source: str, unit: str, evidence: list[Evidence]) -> Claim:
         """Judge a statement of a survey and keep the verdict."""
         claim = judge(id, statement, source, unit, evidence, self.profile.name)
@@ -167,7 +171,9 @@ class Board:
     def summary(self, row: dict) -> str:
         """One line for the reader, right after a method ran."""
         drop = 100 * row["drop"]
-        speed = "simulated" if row["simulated"] else f"×{row['latency_ratio']['batch1']:.2f} / ×{row['latency_ratio']['batch32']:.2f}"
+        speed = (
+            "simulated" if row["simulated"] else f"×{row['latency_ratio']['batch1']:.2f} / ×{row['latency_ratio']['batch32']:.2f}"
+        )
         return (f"{row['method']} {row['label']}: accuracy {100 * row['accuracy']:.1f} % ({-drop:+.1f} points), "
                 f"{row['stored_bytes'] / 1e6:.1f} MB, speed {speed}, agrees with the baseline on {100 * row['label_loyalty']:.1f} %")  # fmt: skip
 
@@ -206,21 +212,22 @@ class Board:
                 "drop": round(drop.value, 6), "drop_ci95": costs.as_row(drop)}  # fmt: skip
 
     def _forward_costs(self, model: nn.Module) -> dict:
-        return {"macs": costs.macs(model, costs.LATENCY_LENGTH), "macs_length": costs.LATENCY_LENGTH,
-                "peak_memory_bytes": costs.peak_memory(model)}  # fmt: skip
+        return {"macs": costs.macs(model, self.profile.latency_length), "macs_length": self.profile.latency_length,
+                "peak_memory_bytes": costs.peak_memory(model, max(costs.LATENCY_BATCHES), self.profile.latency_length)}  # fmt: skip
 
     def _latency(self, model: nn.Module, simulated: bool) -> dict:
         if simulated:
             return {"latency_ratio": None, "latency_ms": None}
-        found = {f"batch{b}": costs.latency_ratio(self.baseline.model, model, b, self.profile.latency_seconds, self.profile.latency_rounds)
-                 for b in costs.LATENCY_BATCHES}  # fmt: skip
+        found = {f"batch{batch}": self.latency(model, batch) for batch in costs.LATENCY_BATCHES}
         return {"latency_ratio": {name: round(value["ratio"].value, 3) for name, value in found.items()},
                 "latency_ratio_interval": {name: costs.as_row(value["ratio"], 3) for name, value in found.items()},
                 "latency_ms": {name: round(value["model_ms"], 3) for name, value in found.items()}}  # fmt: skip
 
     def _store(self, model: nn.Module, encoded: dict[str, Encoded] | None) -> dict:
         """Save, reload into a fresh model, and compare: the size that counts is that of a file that works."""
-        probe = tasks.collate(self.task.validation, np.arange(min(64, len(self.task.validation))), self.task.tokenizer.pad_token_id)
+        probe = tasks.collate(
+            self.task.validation, np.arange(min(16, len(self.task.validation))), self.task.tokenizer.pad_token_id
+        )
         inputs = {name: probe[name].to(self.device) for name in ("input_ids", "attention_mask")}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.safetensors"
@@ -239,7 +246,7 @@ class Board:
         touched = sum(int((after[name] != before[name]).sum()) for name in same_shape)
         return {"weights_touched": touched, "tensors_reshaped": len(after) - len(same_shape),
                 "tensors_removed": len(before.keys() - after.keys()),
-                "same_weights": bert.fingerprint(model) == self._fingerprint,
+                "same_weights": touched == 0 and before.keys() == after.keys() and len(same_shape) == len(after),
                 "largest_logit_difference": round(float((logits - self.baseline.logits).abs().max()), 6)}  # fmt: skip
 
     def _refuse(self, row: dict) -> None:
@@ -282,6 +289,7 @@ def results_path(chapter: str, profile: str) -> Path:
 
 def provenance() -> dict:
     """What a reader needs to trust or repeat a number: commit, versions, machine, threads."""
+
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""

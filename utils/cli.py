@@ -26,6 +26,7 @@ app = typer.Typer(help="BERT compression companion: run, build and check the not
                   add_completion=False, pretty_exceptions_enable=False)  # fmt: skip
 console = Console(width=None if sys.stdout.isatty() else 150)
 errors = Console(stderr=True)
+DEFAULT_PROFILE = os.environ.get("COMPANION_PROFILE") or "cpu"
 DEFAULTS = {"MODEL": "embedded", "DATASET": "rotten_tomatoes", "SEED": 0, "DEVICE": "auto"}
 README_MARKS = ("<!-- results:begin -->", "<!-- results:end -->")
 
@@ -45,9 +46,11 @@ def main() -> None:
 @app.command()
 def run(
     chapters: Chapters = None,
-    profile: ProfileOption = os.environ.get("COMPANION_PROFILE") or "cpu",
+    profile: ProfileOption = DEFAULT_PROFILE,
     model: Annotated[str, typer.Option(help="embedded, a local folder, or a hub name.")] = "embedded",
-    dataset: Annotated[str, typer.Option(help="rotten_tomatoes, imdb, a local file or folder, or a hub name.")] = "rotten_tomatoes",
+    dataset: Annotated[
+        str, typer.Option(help="rotten_tomatoes, imdb, a local file or folder, or a hub name.")
+    ] = "rotten_tomatoes",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time.")] = 1,
@@ -149,7 +152,9 @@ def catalogue(
         if missing and (chapter or method.chapter in written):
             gaps.append(f"{method.id} lacks {', '.join(missing)}")
         name = f"{method.name}: {method.variant}" if method.variant else method.name
-        table.add_row(method.id, name, method.object, method.section, str(len(method.tests)), str(method.rows), ", ".join(missing))
+        table.add_row(
+            method.id, name, method.object, method.section, str(len(method.tests)), str(method.rows), ", ".join(missing)
+        )
     if not check:
         console.print(table)
         console.print(f"{sum(not m.gaps() for m in found)} of {len(found)} methods complete")
@@ -225,8 +230,11 @@ def show_results(out: Path, profile: str) -> None:
 @app.command()
 def doctor() -> None:
     """Show what is installed, what is missing, and how to get it."""
-    checks = [*_check_packages(), _check("embedded model", _embedded_model), _check("embedded data", _embedded_data),
-              _check("CUDA GPU", _cuda), _check("bfloat16", _bfloat16), _check("Jupyter kernel", _kernel), _check("cache folder", _cache)]  # fmt: skip
+    probes = {
+        "embedded model": _embedded_model, "embedded data": _embedded_data, "CUDA GPU": _cuda, "bfloat16": _bfloat16,
+        "Jupyter kernel": _kernel, "cache folder": _cache,
+    }  # fmt: skip
+    checks = [*_check_packages(), *(_check(name, probe) for name, probe in probes.items())]
     table = Table("what", "state", "found", "what to do", title=f"Python {platform.python_version()} on {platform.platform()}")
     for name, state, found, advice in checks:
         style = {"ok": "[green]ok[/]", "optional": "[yellow]optional[/]", "missing": "[bold red]missing[/]"}[state]

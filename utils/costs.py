@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from utils.metrics import Estimate, median_interval
 from utils.training import steady_memory
 
-LATENCY_LENGTH = 32
 LATENCY_BATCHES = (1, 32)
 COMPONENTS = ("embeddings", "qkv", "attention_core", "attention_output", "ffn", "norms", "head")
 
@@ -112,9 +111,7 @@ def timer(model: Callable, inputs: dict) -> benchmark.Timer:
     return benchmark.Timer("forward()", globals={"forward": forward}, num_threads=torch.get_num_threads())
 
 
-def latency_ratio(
-    baseline: nn.Module, model: nn.Module, batch: int, seconds: float, rounds: int, length: int = LATENCY_LENGTH
-) -> dict:
+def latency_ratio(baseline: nn.Module, model: nn.Module, batch: int, seconds: float, rounds: int, length: int = 32) -> dict:
     """Baseline time over model time (above 1: faster), both measured in turns so that a busy machine hurts both alike.
 
     Returns `ratio` (an Estimate over rounds) and the median milliseconds of each.
@@ -129,7 +126,11 @@ def latency_ratio(
             for which in order:
                 times[which].append(timers[which].blocked_autorange(min_run_time=seconds).median)
     ratios = [b / m for b, m in zip(*times, strict=True)]
-    return {"ratio": median_interval(ratios), "baseline_ms": 1e3 * float(np.median(times[0])), "model_ms": 1e3 * float(np.median(times[1]))}
+    return {
+        "ratio": median_interval(ratios),
+        "baseline_ms": 1e3 * float(np.median(times[0])),
+        "model_ms": 1e3 * float(np.median(times[1])),
+    }
 
 
 def component_seconds(model: nn.Module, inputs: dict, repeats: int = 12) -> dict[str, list[float]]:
@@ -149,7 +150,9 @@ def component_seconds(model: nn.Module, inputs: dict, repeats: int = 12) -> dict
     def watch(module: nn.Module, component: str) -> None:
         started: list[float] = []
         handles.append(module.register_forward_pre_hook(lambda *_: started.append(now())))
-        handles.append(module.register_forward_hook(lambda *_: current.__setitem__(component, current[component] + now() - started.pop())))
+        handles.append(
+            module.register_forward_hook(lambda *_: current.__setitem__(component, current[component] + now() - started.pop()))
+        )
 
     watch(model.bert.embeddings, "embeddings")
     watch(model.bert.pooler, "head")
@@ -179,7 +182,7 @@ def component_seconds(model: nn.Module, inputs: dict, repeats: int = 12) -> dict
     return dict(spans)
 
 
-def peak_memory(model: nn.Module, batch: int = 32, length: int = LATENCY_LENGTH) -> int:
+def peak_memory(model: nn.Module, batch: int = 32, length: int = 32) -> int:
     """Bytes needed for one forward pass: the model's own plus the highest sum of what the pass allocates.
 
     On the CPU the allocations are read from the profiler (scratch space inside matrix kernels is not PyTorch's to see); on

@@ -54,7 +54,11 @@ def weave(chapter: str) -> nbformat.NotebookNode:
             _note_imports(ast.parse(source), seen)
         make = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
         cells.append(make(source, id=f"cell-{number:03d}", metadata={"tags": tags} if tags else {}))
-    metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}, "companion": {"lesson": f"lessons/{chapter}/{chapter}.md"}}
+    metadata = {
+        "kernelspec": KERNEL,
+        "language_info": {"name": "python"},
+        "companion": {"lesson": f"lessons/{chapter}/{chapter}.md"},
+    }
     return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
 
 

@@ -11,7 +11,9 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def figure(rows: int = 1, columns: int = 1, width: float = 6.0, height: float = 3.6, **options) -> tuple[Figure, np.ndarray | Axes]:
+def figure(
+    rows: int = 1, columns: int = 1, width: float = 6.0, height: float = 3.6, **options
+) -> tuple[Figure, np.ndarray | Axes]:
     """Axes in the suite's style; `width` and `height` are inches per panel."""
     plt.rcParams.update({"axes.prop_cycle": plt.cycler(color=COLORS), "axes.grid": True, "grid.alpha": 0.3, "figure.dpi": 80,
                          "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "font.size": 10})  # fmt: skip
@@ -30,7 +32,9 @@ def curves(axes: Axes, x: Iterable[float], series: dict[str, list[float]], xlabe
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
 
 
-def heatmap(axes: Axes, values: np.ndarray, xlabels: list, ylabels: list, title: str, unit: str, digits: int = 2, **options) -> None:
+def heatmap(
+    axes: Axes, values: np.ndarray, xlabels: list, ylabels: list, title: str, unit: str, digits: int = 2, **options
+) -> None:
     """A labelled matrix of numbers; `options` go to imshow."""
     image = axes.imshow(values, aspect="auto", **{"cmap": "cividis", **options})
     axes.set_xticks(range(len(xlabels)), xlabels, rotation=40, ha="right")
@@ -45,7 +49,9 @@ def heatmap(axes: Axes, values: np.ndarray, xlabels: list, ylabels: list, title:
     axes.figure.colorbar(image, ax=axes, label=unit, shrink=0.9)
 
 
-def plane(axes: Axes, rows: list[dict], baseline: dict, x: str, xlabel: str, title: str, families: dict[str, tuple[str, ...]]) -> None:
+def plane(
+    axes: Axes, rows: list[dict], baseline: dict, x: str, xlabel: str, title: str, families: dict[str, tuple[str, ...]]
+) -> None:
     """Accuracy against a cost: one point per row, one colour and marker per family, the baseline as a cross.
 
     `x` is `stored_bytes`, or `batch1` / `batch32` of the latency ratio. `families` maps a name to method ids.

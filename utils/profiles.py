@@ -4,7 +4,6 @@ A profile fixes how much work a chapter does. `smoke` proves that everything run
 real results on two cores, `gpu` uses all data, more seeds and longer texts.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -28,38 +27,36 @@ class Profile:
     claim_steps: int  # recovery budget inside a claim that repeats trainings over seeds
     seeds: tuple[int, ...]  # the unit of every claim that compares trainings
     calibration_size: int  # sentences that a method may look at to score weights
+    probe_size: int  # validation sentences for maps that need an evaluation per cell
     sparsities: tuple[float, ...]  # grid of the accuracy-over-sparsity curves
     lengths: tuple[int, ...]  # token lengths of the cost breakdown
     latency_seconds: float  # measuring time per model, batch size and round
+    latency_length: int  # tokens per sentence in every timing
     latency_rounds: int  # interleaved rounds: baseline, model, baseline, model, ...
 
 
 PROFILES = {
     "smoke": Profile(
-        name="smoke", train_size=128, validation_size=96, max_length=32, batch_size=16,
+        name="smoke", train_size=96, validation_size=64, max_length=24, batch_size=8,
         baseline_steps=6, baseline_learning_rate=2e-4, recovery_steps=2, recovery_learning_rate=1e-4,
-        claim_steps=2, seeds=(0,), calibration_size=16, sparsities=(0.0, 0.5, 0.9),
-        lengths=(32, 64), latency_seconds=0.01, latency_rounds=1,
+        claim_steps=2, seeds=(0,), calibration_size=8, probe_size=16, sparsities=(0.0, 0.5, 0.9),
+        lengths=(32, 64), latency_seconds=0.005, latency_length=8, latency_rounds=1,
     ),
     "cpu": Profile(
         name="cpu", train_size=None, validation_size=None, max_length=64, batch_size=32,
         baseline_steps=400, baseline_learning_rate=1e-4, recovery_steps=60, recovery_learning_rate=1e-4,
-        claim_steps=40, seeds=(0, 1, 2), calibration_size=256, sparsities=(0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
-        lengths=(32, 128, 256, 512), latency_seconds=0.15, latency_rounds=3,
+        claim_steps=40, seeds=(0, 1, 2), calibration_size=256, probe_size=512,
+        sparsities=(0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+        lengths=(32, 128, 256, 512), latency_seconds=0.15, latency_length=32, latency_rounds=3,
     ),
     "gpu": Profile(
         name="gpu", train_size=None, validation_size=None, max_length=128, batch_size=32,
         baseline_steps=600, baseline_learning_rate=1e-4, recovery_steps=400, recovery_learning_rate=5e-5,
-        claim_steps=200, seeds=(0, 1, 2, 3, 4), calibration_size=1024,
+        claim_steps=200, seeds=(0, 1, 2, 3, 4), calibration_size=1024, probe_size=2000,
         sparsities=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
-        lengths=(32, 128, 256, 512), latency_seconds=0.3, latency_rounds=5,
+        lengths=(32, 128, 256, 512), latency_seconds=0.3, latency_length=32, latency_rounds=5,
     ),
 }  # fmt: skip
-
-
-def default_name() -> str:
-    """Name of the profile a notebook uses when nobody says otherwise: $COMPANION_PROFILE, else `cpu`."""
-    return os.environ.get("COMPANION_PROFILE") or "cpu"
 
 
 def get(name: str) -> Profile:

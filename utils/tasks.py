@@ -76,6 +76,7 @@ class Task:
 
     @property
     def num_labels(self) -> int:
+        """Number of classes."""
         return len(self.label_names)
 
     def majority_accuracy(self) -> float:

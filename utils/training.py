@@ -75,7 +75,9 @@ def train(
     model.train()
     # The CPU kernel behind scaled_dot_product_attention is slow backwards in bfloat16; the eager product is not.
     with bert.attention(model, "eager" if device.type == "cpu" else "sdpa"), steady_memory():
-        for step, batch in enumerate(endless_batches(task.train, profile.batch_size, task.tokenizer.pad_token_id, seed, steps), 1):
+        for step, batch in enumerate(
+            endless_batches(task.train, profile.batch_size, task.tokenizer.pad_token_id, seed, steps), 1
+        ):
             batch = to_device(batch, device)
             with autocast(device):
                 value = loss(model, batch)
@@ -107,7 +109,9 @@ def endless_batches(split: Split, batch_size: int, pad_token_id: int, seed: int,
         epoch += 1
 
 
-def predict(model: nn.Module, split: Split, pad_token_id: int, batch_size: int = 64, dtype: torch.dtype | None = None) -> torch.Tensor:
+def predict(
+    model: nn.Module, split: Split, pad_token_id: int, batch_size: int = 64, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Logits of shape (examples, classes), float32, on the CPU, in the order of the split.
 
     `dtype` is the precision of the matrix products: by default bfloat16 where the hardware has it.

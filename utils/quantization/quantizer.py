@@ -17,7 +17,7 @@ from utils.bert import ENCODER, Matrix, matrices
 
 def straight_through(weight: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
     """The quantized value in the forward pass; in the backward pass its gradient goes to the weight unchanged."""
-    return weight + (quantized - weight).detach()
+    return quantized.detach() + (weight - weight.detach())  # the bracket is exactly zero: no rounding enters the value
 
 
 class Quantizer(nn.Module):

@@ -237,6 +237,11 @@ def power_of_two_exponent(w: torch.Tensor, noise: torch.Tensor | None = None) ->
     return exponent - 1 + up.int()
 
 
+def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """2^e in float32."""
+    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
+
+
 class PowerOfTwoQuantizer(Quantizer):
     """Weights become +-2^e, so that a multiplication is a shift. Deterministic or stochastic. Ott et al. 2016, survey 3.3.
 
@@ -276,9 +281,9 @@ class PowerOfTwoQuantizer(Quantizer):
         check_weight(weight)
         w = weight.detach().float()
         exponents, noise = self.exponents(w), self.noise(w)
-        smallest = torch.ldexp(torch.ones_like(w[0, 0]), exponents[0])
+        smallest = powers_of_two(exponents[0])
         e = power_of_two_exponent(torch.where(w == 0, smallest, w), noise).clamp(max=exponents[-1])
-        magnitude = torch.ldexp(torch.ones_like(w), e)
+        magnitude = powers_of_two(e)
         p = w.abs() / smallest  # below the smallest power: between 0 and 1
         kept = p > (0.5 if noise is None else noise)
         below = smallest * kept if self.underflow == "zero" else smallest
@@ -288,7 +293,7 @@ class PowerOfTwoQuantizer(Quantizer):
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Packed codes into the at most 2^bits levels."""
         w = weight.detach().float()
-        powers = torch.ldexp(torch.ones_like(w[0, 0]), self.exponents(w))
+        powers = powers_of_two(self.exponents(w))
         zero = powers.new_zeros(int(self.underflow == "zero"))
         levels = torch.cat([-powers.flip(0), zero, powers])
         codes = torch.bucketize(self.quantize(weight).float(), levels)  # exact: every value is a level
