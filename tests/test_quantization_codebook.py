@@ -266,7 +266,10 @@ def test_without_curvature_ternary_levels_are_the_ternary_weight_network(weight)
     a = weight.abs().flatten().sort(descending=True).values
     gains = a.cumsum(0).square() / torch.arange(1, a.numel() + 1)  # exact: try every threshold
     best = (weight.square().sum() - gains.max()).item()
-    alpha, index = loss_aware.loss_aware_levels(weight, torch.ones_like(weight), torch.tensor([-1.0, 0, 1]), iterations=200)
+    levels = torch.tensor([-1.0, 0, 1])
+    start = loss_aware.first_alpha(weight, levels)
+    assert start.item() == pytest.approx(weight.abs()[weight.abs() > 0.7 * weight.abs().mean()].mean().item())
+    alpha, index = loss_aware.loss_aware_levels(weight, torch.ones_like(weight), levels, start, iterations=200)
     kept = index != 1
     assert alpha.item() == pytest.approx(weight[kept].abs().mean().item())
     assert torch.equal(kept, weight.abs() > alpha / 2)
@@ -277,19 +280,20 @@ def test_without_curvature_ternary_levels_are_the_ternary_weight_network(weight)
 @pytest.mark.parametrize(("bits", "kind"), [(2, "linear"), (3, "linear"), (4, "linear"), (3, "logarithmic"), (4, "logarithmic")])
 def test_loss_aware_levels_lower_the_weighted_error_to_a_fixed_point(weight, bits, kind):
     levels, D = loss_aware.level_values(bits, kind), torch.rand_like(weight) ** 2
+    start = loss_aware.first_alpha(weight, levels)
 
     def weighted(alpha, index):
         return (D * (alpha * levels[index] - weight).square()).sum().item()
 
-    found = [weighted(*loss_aware.loss_aware_levels(weight, D, levels, iterations)) for iterations in range(1, 12)]
+    found = [weighted(*loss_aware.loss_aware_levels(weight, D, levels, start, iterations)) for iterations in range(1, 12)]
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(found))
-    alpha, index = loss_aware.loss_aware_levels(weight, D, levels, 500, 0)
+    alpha, index = loss_aware.loss_aware_levels(weight, D, levels, start, 500, 0)
     nearest = (alpha * levels - weight.unsqueeze(-1)).abs().argmin(-1)
     assert (levels[nearest] != levels[index]).sum() <= 2  # ties
     b = levels[index]
     slope = np.linalg.lstsq((D.sqrt() * b).reshape(-1, 1).numpy(), (D.sqrt() * weight).flatten().numpy(), rcond=None)[0]
     assert alpha.item() == pytest.approx(slope[0], rel=1e-4)
-    plain = loss_aware.loss_aware_levels(weight, torch.ones_like(D), levels, 500, 0)
+    plain = loss_aware.loss_aware_levels(weight, torch.ones_like(D), levels, start, 500, 0)
     assert weighted(alpha, index) <= weighted(*plain)
 
 

@@ -44,10 +44,10 @@ PROFILES = {
     ),
     "cpu": Profile(
         name="cpu", train_size=None, validation_size=None, max_length=64, batch_size=32,
-        baseline_steps=400, baseline_learning_rate=1e-4, recovery_steps=60, recovery_learning_rate=1e-4,
-        claim_steps=40, seeds=(0, 1, 2), calibration_size=256, probe_size=512,
+        baseline_steps=400, baseline_learning_rate=1e-4, recovery_steps=40, recovery_learning_rate=1e-4,
+        claim_steps=24, seeds=(0, 1, 2), calibration_size=256, probe_size=256,
         sparsities=(0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
-        lengths=(32, 128, 256, 512), latency_seconds=0.15, latency_length=32, latency_rounds=3,
+        lengths=(32, 128, 256, 512), latency_seconds=0.06, latency_length=32, latency_rounds=3,
     ),
     "gpu": Profile(
         name="gpu", train_size=None, validation_size=None, max_length=128, batch_size=32,

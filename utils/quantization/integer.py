@@ -107,7 +107,7 @@ def _quiet() -> Iterator[None]:
 
 
 def export_onnx(model: nn.Module, path: Path) -> None:
-    """Write the model as an ONNX graph for any batch size and length; large weights go into a second file beside it."""
+    """Write an ONNX graph for any batch size and length (the exporter may put weights into a second file beside it)."""
     optional("onnxscript")
     copy = bert.fresh_copy(model).float().cpu()
     ids, mask = torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long)  # one sentence would freeze the batch size

@@ -33,19 +33,22 @@ def nearest_level(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 
 
 def first_alpha(w: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Where the alternation starts: three levels, the mean |w| above 0.7 * mean|w| (as in TWN); more levels, the largest |w|."""
+    """Where the alternation starts: for three levels the mean |w| above 0.7 * mean|w|, as in TWN; else the best max|w| / 2^j."""
     a = w.abs()
-    return a[a >= 0.7 * a.mean()].mean() if len(levels) == 3 else a.max()
+    if len(levels) == 3:
+        return a[a >= 0.7 * a.mean()].mean()
+    tries = [(a.max() / 2**j).clamp(min=1e-30) for j in range(6)]
+    return min(tries, key=lambda alpha: (alpha * levels[nearest_level(w / alpha, levels)] - w).square().sum().item())
 
 
 def loss_aware_levels(
-    w: torch.Tensor, D: torch.Tensor, levels: torch.Tensor, iterations: int = 10, tolerance: float = 1e-6
+    w: torch.Tensor, D: torch.Tensor, levels: torch.Tensor, alpha: torch.Tensor, iterations: int = 10, tolerance: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """alpha and the level indices of b, alternating towards the minimum of sum D (w - alpha b)^2. Hou, Kwok 2018.
 
-    b = the level nearest to w / alpha;  alpha = sum(D b w) / sum(D b^2), at most `iterations` times, until alpha stands still.
+    b = the level nearest to w / alpha;  alpha = sum(D b w) / sum(D b^2), at most `iterations` times from the given
+    alpha, until it stands still. (With |b| for b^2, as it is often written, this holds for ternary b only.)
     """
-    alpha = first_alpha(w, levels)
     for _ in range(iterations):
         b = levels[nearest_level(w / alpha.clamp(min=1e-30), levels)]
         before, alpha = alpha, (D * b * w).sum() / (D * b * b).sum().clamp(min=1e-30)
@@ -65,12 +68,15 @@ class LossAwareQuantizer(Quantizer):
         super().__init__()
         self.bits, self.kind = bits, kind
         self.register_buffer("levels", level_values(bits, kind))
-        self.register_buffer("D", torch.ones_like(weight, dtype=torch.float32))
+        check_weight(weight)
+        w = weight.detach().float()
+        self.register_buffer("D", torch.ones_like(w))
+        self.register_buffer("alpha", first_alpha(w, self.levels.to(w.device)))
 
     def solve(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha and the indices of b. Raises ValueError for a weight that is not finite."""
         check_weight(weight)
-        return loss_aware_levels(weight.detach().float(), self.D, self.levels)
+        return loss_aware_levels(weight.detach().float(), self.D, self.levels, self.alpha)
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """alpha * b."""
@@ -86,11 +92,13 @@ class LossAwareQuantizer(Quantizer):
 def update_curvature(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """D = sqrt(v) + 1e-8 for every loss-aware quantizer, v being Adam's running mean of squared gradients of its weight.
 
-    Adam's bias correction would scale all of D alike, and cancels in alpha and b. A weight that does not train keeps its D.
+    Each alternation starts from the alpha of the step before: weights move little in a step, so it soon stands still. Adam's
+    bias correction would scale all of D alike, and cancels in alpha and b. A weight that does not train keeps its D.
     """
     for module in model.modules():
         weights = getattr(module, "parametrizations", {})
         if "weight" in weights and isinstance(weights["weight"][0], LossAwareQuantizer):
-            state = optimizer.state.get(weights["weight"].original, {})
-            if "exp_avg_sq" in state:
-                weights["weight"][0].D.copy_(state["exp_avg_sq"].sqrt() + 1e-8)
+            quantizer, latent = weights["weight"][0], weights["weight"].original
+            if "exp_avg_sq" in optimizer.state.get(latent, {}):
+                quantizer.D.copy_(optimizer.state[latent]["exp_avg_sq"].sqrt() + 1e-8)
+                quantizer.alpha.copy_(quantizer.solve(latent)[0])

@@ -13,7 +13,7 @@ from utils.bert import ENCODER, matrices
 from utils.pruning.hessian import check_batches
 from utils.pruning.masks import dense_weight
 from utils.quantization.codebook import borders, check_count, nearest
-from utils.quantization.loss_aware import loss_aware_levels
+from utils.quantization.loss_aware import first_alpha, loss_aware_levels
 from utils.quantization.quantizer import Quantizer, check_bits, check_weight
 from utils.quantization.uniform import RangeFunction, UniformQuantizer, from_codes
 from utils.training import cross_entropy, to_device
@@ -38,7 +38,7 @@ class Word2Bits(Quantizer):
         check_weight(weight)
         self.bits = bits
         w, levels = weight.detach().float(), WORD2BITS[bits].to(weight.device)
-        s, _ = loss_aware_levels(w, torch.ones_like(w), levels)
+        s, _ = loss_aware_levels(w, torch.ones_like(w), levels, first_alpha(w, levels))
         self.register_buffer("s", torch.where(s > 0, s, 1.0))
 
     def codes(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

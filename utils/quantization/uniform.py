@@ -114,8 +114,8 @@ def percentile_range(x: torch.Tensor, bits: int, symmetric: bool, share: float =
 
 
 def mean_range(x: torch.Tensor, bits: int, symmetric: bool) -> Range:
-    """Clip at c = 2.5 * mean|x|, the rule of the quantized recurrent networks of He et al. 2016: cheap, blind to outliers."""
-    return clip_at(x, 2.5 * x.abs().mean(-1, keepdim=True), symmetric)
+    """A range 2.5 * mean|x| wide, as in the quantized recurrent networks of He et al. 2016: cheap, and blind to outliers."""
+    return clip_at(x, 1.25 * x.abs().mean(-1, keepdim=True), symmetric)
 
 
 def mse_range(x: torch.Tensor, bits: int, symmetric: bool, steps: int = 50) -> Range:
@@ -343,12 +343,14 @@ class BalancedQuantizer(Quantizer):
 
     Histogram equalisation moves bin i of N = 2^bits onto the slice [i/N, (i+1)/N) of [0, 1], and the slice becomes the level
     i / (N - 1), stretched over the range of the weights. `bins`: exact `percentile`, recursive `median`, or `mean`, which is
-    an approximation that never sorts. `clip` is `max` or `mean` (range by 2.5 * mean|w|). Rounding the equalised value to the
-    nearest level, as the survey prints it, would give the outer levels half of their share; it is rounded down to its slice.
-    Raises ValueError for bits outside 1 to 8, unknown names, and a weight with fewer than 2^bits entries.
+    an approximation that never sorts. The range is `clip="mean"`, 2.5 * mean|w| wide, or `max`, from the smallest weight to the
+    largest: then one outlier inflates them all, since half of the weights must take the upper half of the levels. Rounding the
+    equalised value to the nearest level, as the survey prints it, would give the outer levels half of their share; it is
+    rounded down to its slice. Raises ValueError for bits outside 1 to 8, unknown names, and a weight of fewer than 2^bits
+    entries.
     """
 
-    def __init__(self, bits: int, bins: str = "percentile", clip: str = "max"):
+    def __init__(self, bits: int, bins: str = "percentile", clip: str = "mean"):
         super().__init__()
         check_bits(bits)
         if bins not in BALANCED or clip not in ("max", "mean"):
