@@ -6,6 +6,11 @@ tokens), `bert` (the model and its matrices), `training`, `baseline` (fine-tuned
 `catalogue`, `notebooks` (weave and run) and `cli` (the `companion` command).
 """
 
+import warnings
+
+# Progress bars of libraries are of no use in executed notebooks, and neither is the advice to install a widget for them.
+warnings.filterwarnings("ignore", message="IProgress not found")
+
 
 class CompanionError(ValueError):
     """A mistake that the user can mend; the message says how. The command prints it without a traceback."""
