@@ -5,6 +5,7 @@ measured. Every result is one row. A row is refused when the method changed noth
 artifact on disk does not give back the measured model.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +38,9 @@ TABLE = {
     "probability_loyalty": "prob. loyalty", "nonzero_parameters": "non-zero", "stored_bytes": "MB", "macs": "MMAC",
     "batch1": "speed ×1", "batch32": "speed ×32", "train_seconds": "train s",
 }  # fmt: skip
+
+
+Within = Callable[[nn.Module], contextlib.AbstractContextManager]
 
 
 class RowRefused(CompanionError):
@@ -123,6 +128,7 @@ class Board:
         control_of: str | None = None,
         encoded: dict[str, Encoded] | None = None,
         simulated: bool = False,
+        within: Within = lambda model: contextlib.nullcontext(),
         effect: dict | None = None,
         seed: int | None = None,
     ) -> dict:
@@ -130,23 +136,49 @@ class Board:
 
         `method` is the catalogue id (`control` for a control run, whose `control_of` names the id). `encoded` holds the tensors
         that need an encoding of their own in the artifact. `simulated` says that speed is emulated: then none is claimed.
+        `within(model)` is a context in which the model runs, such as quantized activations.
         Raises RowRefused.
         """
         report_progress(f"{method} {label}")
-        logits = self.predict(model)
+        with within(model):
+            logits = self.predict(model)
         row = {
             "method": method, "label": label, "hyperparameters": hyperparameters or {},
             "seed": self.seed if seed is None else seed, "control_of": control_of,
             **self._accuracy(logits),
-            "label_loyalty": round(metrics.label_loyalty(self.baseline.logits, logits), 4),
-            "probability_loyalty": round(metrics.probability_loyalty(self.baseline.logits, logits), 4),
+            **self._loyalty(logits),
             **costs.parameter_counts(model),
-            **self._store(model, encoded),
+            **self._store(model, encoded, within),
             **self._forward_costs(model),
             **self._latency(model, simulated),
             "train_seconds": round(train_seconds, 2),
             "simulated": simulated,
             "effect": {**self._effect(model, logits), **(effect or {})},
+        }  # fmt: skip
+        self._refuse(row)
+        self.rows.append(row)
+        print(self.summary(row))
+        return row
+
+    def measure_engine(
+        self, engine: nn.Module, *, method: str, label: str, embedding_bytes: int, hyperparameters: dict | None = None
+    ) -> dict:
+        """Put a finished inference engine (`utils.quantization.integer.Engine`) on the board: real arithmetic, real speed.
+
+        It has no artifact of this suite: its bytes are those of its own files, `embedding_bytes` of them for the embeddings.
+        """
+        report_progress(f"{method} {label}")
+        logits = self.predict(engine)
+        row = {
+            "method": method, "label": label, "hyperparameters": hyperparameters or {}, "seed": self.seed, "control_of": None,
+            **self._accuracy(logits), **self._loyalty(logits),
+            **costs.parameter_counts(self.baseline.model),
+            "stored_bytes": engine.nbytes, "stored_bytes_without_embeddings": engine.nbytes - embedding_bytes,
+            "macs": self.baseline_row["macs"], "macs_length": self.profile.latency_length, "peak_memory_bytes": None,
+            **self._latency(engine, simulated=False),
+            "train_seconds": 0.0, "simulated": False,
+            "effect": {"engine": label, "same_weights": False,
+                       "largest_logit_difference": round(float((logits - self.baseline.logits).abs().max()), 6)},
         }  # fmt: skip
         self._refuse(row)
         self.rows.append(row)
@@ -211,6 +243,11 @@ class Board:
         return {"accuracy": round(right.value, 6), "accuracy_ci95": costs.as_row(right),
                 "drop": round(drop.value, 6), "drop_ci95": costs.as_row(drop)}  # fmt: skip
 
+    def _loyalty(self, logits: torch.Tensor) -> dict:
+        teacher = self.baseline.logits
+        return {"label_loyalty": round(metrics.label_loyalty(teacher, logits), 4),
+                "probability_loyalty": round(metrics.probability_loyalty(teacher, logits), 4)}  # fmt: skip
+
     def _forward_costs(self, model: nn.Module) -> dict:
         return {"macs": costs.macs(model, self.profile.latency_length), "macs_length": self.profile.latency_length,
                 "peak_memory_bytes": costs.peak_memory(model, max(costs.LATENCY_BATCHES), self.profile.latency_length)}  # fmt: skip
@@ -223,7 +260,7 @@ class Board:
                 "latency_ratio_interval": {name: costs.as_row(value["ratio"], 3) for name, value in found.items()},
                 "latency_ms": {name: round(value["model_ms"], 3) for name, value in found.items()}}  # fmt: skip
 
-    def _store(self, model: nn.Module, encoded: dict[str, Encoded] | None) -> dict:
+    def _store(self, model: nn.Module, encoded: dict[str, Encoded] | None, within: Within) -> dict:
         """Save, reload into a fresh model, and compare: the size that counts is that of a file that works."""
         probe = tasks.collate(
             self.task.validation, np.arange(min(16, len(self.task.validation))), self.task.tokenizer.pad_token_id
@@ -233,8 +270,11 @@ class Board:
             path = Path(folder) / "model.safetensors"
             stored = artifacts.save(model, path, encoded)
             reloaded = artifacts.load(path).to(self.device)
-        with torch.inference_mode():
-            difference = (model.eval()(**inputs).logits - reloaded(**inputs).logits).abs().max().item()
+        found = []
+        for candidate in (model.eval(), reloaded):
+            with within(candidate), torch.inference_mode():
+                found.append(candidate(**inputs).logits)
+        difference = (found[0] - found[1]).abs().max().item()
         if not difference <= RELOAD_TOLERANCE:
             raise RowRefused(f"the reloaded artifact disagrees with the measured model: logits differ by {difference:.3g} "
                              f"(at most {RELOAD_TOLERANCE:g} is allowed)")  # fmt: skip

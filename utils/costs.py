@@ -121,11 +121,10 @@ def latency_ratio(baseline: nn.Module, model: nn.Module, batch: int, seconds: fl
     timers = [timer(m, inputs) for m in (baseline, model)]
     times: list[list[float]] = [[], []]
     with steady_memory():
-        runs = max(1, round(seconds / timers[0].timeit(1).mean))  # timeit itself warms up twice
         for round_number in range(rounds):
             order = (0, 1) if round_number % 2 == 0 else (1, 0)
             for which in order:
-                times[which].append(timers[which].timeit(runs).mean)
+                times[which].append(timers[which].blocked_autorange(min_run_time=seconds).median)
     ratios = [b / m for b, m in zip(*times, strict=True)]
     return {
         "ratio": median_interval(ratios),
