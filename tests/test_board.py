@@ -77,3 +77,24 @@ def test_same_seed_same_numbers(board):
 
 def test_flatten_names_nested_values():
     assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
+
+
+def test_a_context_applies_to_the_measurement_and_to_the_reloaded_artifact(board):
+    from utils.quantization.uniform import ActivationQuantizer, quantized_inputs
+
+    def coarse(model):
+        return quantized_inputs(model, lambda: ActivationQuantizer(2))
+
+    row = board.measure(board.fresh(), method="Q-17", label="2-bit activations", simulated=True, within=coarse)
+    assert row["effect"]["same_weights"] and row["effect"]["largest_logit_difference"] > 0
+    assert torch.equal(board.predict(board.baseline.model), board.baseline.logits)  # the context is gone
+
+
+def test_an_engine_is_measured_with_its_own_bytes_and_its_real_speed(board):
+    from utils.quantization.integer import float_engine
+
+    engine = float_engine(board.baseline.model)
+    row = board.measure_engine(engine, method="control", label="bfloat16", embedding_bytes=2 * 11_920_896)
+    assert set(row) >= ROW_FIELDS
+    assert row["stored_bytes"] == pytest.approx(board.baseline_row["stored_bytes"] / 2, rel=0.01)
+    assert row["latency_ratio"]["batch1"] > 0 and row["label_loyalty"] > 0.9
