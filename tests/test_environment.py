@@ -32,7 +32,7 @@ def test_every_direct_dependency_is_pinned_once_and_declared_without_a_version()
 def test_every_direct_dependency_says_why():
     text = (ROOT / "pyproject.toml").read_text()
     for name in direct():
-        assert re.search(rf'"{name}",\s+# \w', text), f"{name} lacks its reason"
+        assert re.search(rf'"{name}",\s+# \S', text), f"{name} lacks its reason"
 
 
 def test_conda_environment_has_the_same_versions():

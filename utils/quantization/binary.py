@@ -15,7 +15,8 @@ from torch.nn.functional import linear, pad
 from torch.nn.utils import parametrize
 
 from utils.artifacts import Encoded, codebook, dense, uniform
-from utils.bert import ENCODER, Matrix, matrices
+from utils.bert import ENCODER
+from utils.pruning.hessian import linear_matrices
 from utils.quantization.quantizer import Quantizer, check_weight
 
 TINY = torch.finfo(torch.float32).tiny
@@ -317,15 +318,6 @@ def power_of_two_backprop(model: nn.Module, groups: tuple[str, ...] = ENCODER) -
     finally:
         for m in found:
             del m.module.forward  # the class's own is in force again
-
-
-def linear_matrices(model: nn.Module, groups: tuple[str, ...]) -> list[Matrix]:
-    """The matrices of the groups. Raises ValueError where one is an embedding: its input is an index, not an activation."""
-    found = matrices(model, groups)
-    strange = {m.group for m in found if not isinstance(m.module, nn.Linear)}
-    if strange:
-        raise ValueError(f"only linear layers have input activations; leave out {', '.join(sorted(strange))}")
-    return found
 
 
 # --- Q-06 -----------------------------------------------------------------------------------------------------------
