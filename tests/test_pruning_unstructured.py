@@ -716,7 +716,7 @@ def test_hooks_work_inside_the_training_loop(model, batches, task, name):
         "narang": lambda: iterative.narang_pruning(0.5, start=1, ramp=2, end=4, frequency=1),
         "agp": lambda: iterative.agp_pruning(0.5, start=1, end=4, frequency=1),
         "zip": lambda: iterative.transformers_zip_pruning(model, 0.1, 0.5, end=4, times=3),
-        "rpp": lambda: iterative.reweighted_proximal(1e-2),
+        "rpp": lambda: iterative.reweighted_proximal(1e-6),
         "grow": lambda: densify.grow_and_prune(batches, 0.5, frequency=1, end=4),
     }
     start = model.bert.encoder.layer[0].output.dense.bias.detach().clone()
