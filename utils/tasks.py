@@ -94,18 +94,12 @@ def load(name: str, tokenizer: PreTrainedTokenizerBase, profile: Profile) -> Tas
         splits = _hub(name)
     train, validation = (_normalise(split, name) for split in splits)
     label_names = _label_names(train, validation, name)
-    train = _encode_labels(train, label_names, name).select(range(min(len(train), profile.train_size or len(train))))
-    validation = _encode_labels(validation, label_names, name)
+    train = _encode_labels(train, label_names).select(range(min(len(train), profile.train_size or len(train))))
+    validation = _encode_labels(validation, label_names)
     validation = validation.select(range(min(len(validation), profile.validation_size or len(validation))))
     parts = [_tokenise(split, tokenizer, profile.max_length) for split in (train, validation)]
     key = hashlib.sha256(json.dumps([[s.input_ids, s.labels.tolist()] for s in parts]).encode()).hexdigest()[:16]
     return Task(name, parts[0], parts[1], [str(label) for label in label_names], tokenizer, key)
-
-
-def texts(name: str, limit: int | None = None) -> list[str]:
-    """Unlabelled texts of an embedded data set, in their fixed order."""
-    column = list(_embedded(name)["text"])
-    return column[:limit]
 
 
 def batches(split: Split, batch_size: int, pad_token_id: int, seed: int | None = None) -> Iterator[dict]:
@@ -141,14 +135,10 @@ def _chunks(items: np.ndarray, size: int) -> list[np.ndarray]:
 
 def _embedded(name: str) -> datasets.Dataset:
     path = package_file(*EMBEDDED_FILE, EMBEDDED_SHA256)
-    table = datasets.Dataset.from_pandas(_read_csv(path), preserve_index=False)
-    return table.filter(lambda sources: [source == name for source in sources], input_columns="source", batched=True)
-
-
-def _read_csv(path: Path):
     import pandas
 
-    return pandas.read_csv(path)
+    table = pandas.read_csv(path)  # chosen here, while it is a table: most of the file is the other data set
+    return datasets.Dataset.from_pandas(table[table["source"] == name], preserve_index=False)
 
 
 def _local(path: Path) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -240,7 +230,7 @@ def _label_names(train: datasets.Dataset, validation: datasets.Dataset, name: st
     return found
 
 
-def _encode_labels(data: datasets.Dataset, label_names: list, name: str) -> datasets.Dataset:
+def _encode_labels(data: datasets.Dataset, label_names: list) -> datasets.Dataset:
     index = {label: i for i, label in enumerate(label_names)}
     codes = [index[label] for label in data["label"]]
     return data.remove_columns("label").add_column("label", codes)
