@@ -6,10 +6,14 @@ tokens), `bert` (the model and its matrices), `training`, `baseline` (fine-tuned
 `catalogue`, `notebooks` (weave and run) and `cli` (the `companion` command).
 """
 
+import logging
 import warnings
 
 # Progress bars of libraries are of no use in executed notebooks, and neither is the advice to install a widget for them.
 warnings.filterwarnings("ignore", message="IProgress not found")
+# transformers imports torchao, which tells every user of a CPU that its CUDA kernels do not load.
+logging.getLogger("torchao").setLevel(logging.CRITICAL)
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 class CompanionError(ValueError):

@@ -28,7 +28,7 @@ class Baseline:
 
 def fine_tuned(model_name: str, task: Task, profile: Profile, seed: int, device: torch.device) -> Baseline:
     """Fine-tune, or read from the cache, the baseline. Parallel callers train it once."""
-    pretrained = bert.load(model_name, task.num_labels)
+    pretrained = bert.load(model_name, task.num_labels, profile.num_layers)
     built_here = []
 
     def build(folder: Path) -> None:

@@ -84,10 +84,11 @@ def resolve(name: str) -> str:
     return name
 
 
-def load(name: str = EMBEDDED, num_labels: int = 2) -> BertForSequenceClassification:
+def load(name: str = EMBEDDED, num_labels: int = 2, num_layers: int | None = None) -> BertForSequenceClassification:
     """Load a pre-trained BERT with a fresh classifier, on the CPU, in float32 and evaluation mode.
 
-    `name` is `embedded`, a local folder, or a hub name. The classifier's random start is fixed. Raises CompanionError
+    `name` is `embedded`, a local folder, or a hub name; `num_layers` keeps the first layers only. The classifier's random start
+    is fixed. Raises CompanionError
     where there is no such model, or where it is no BERT.
     """
     source = resolve(name)
@@ -98,7 +99,8 @@ def load(name: str = EMBEDDED, num_labels: int = 2) -> BertForSequenceClassifica
             raise CompanionError(f"model {name!r} is of type {config.model_type}; the chapters take a BERT")
         # Dropout costs a quarter of a CPU training step for its random numbers and gains nothing in runs this short.
         config.update({"num_labels": num_labels, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-                       "classifier_dropout": 0.1})  # fmt: skip
+                       "classifier_dropout": 0.1,
+                       "num_hidden_layers": min(num_layers or config.num_hidden_layers, config.num_hidden_layers)})  # fmt: skip
         # A checkpoint fine-tuned for another number of classes is welcome: its classifier is replaced.
         options = {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}
         return AutoModelForSequenceClassification.from_pretrained(source, **options).eval()

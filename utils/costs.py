@@ -6,6 +6,7 @@ attention at all (`measured_macs` mends that and serves as the check). One multi
 
 import contextlib
 import logging
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -229,17 +230,23 @@ class EnergyMeter:
     so it is an estimate by construction and is labelled so wherever it is printed."""
 
     def __init__(self) -> None:
+        self.tracker, self.started = None, time.perf_counter()
+        self._starting = threading.Thread(target=self._start, daemon=True)  # it looks for power counters for a second or more
+        self._starting.start()
+
+    def _start(self) -> None:
         from codecarbon import OfflineEmissionsTracker
 
         logging.getLogger("codecarbon").disabled = True
-        self.tracker = OfflineEmissionsTracker(
+        tracker = OfflineEmissionsTracker(
             country_iso_code="USA", save_to_file=False, log_level="critical", measure_power_secs=30, allow_multiple_runs=True
         )
-        self.started = time.perf_counter()
-        self.tracker.start()
+        tracker.start()
+        self.tracker, self.started = tracker, time.perf_counter()
 
     def stop(self) -> dict[str, float]:
         """Estimated kilowatt-hours and mean watts since the start."""
+        self._starting.join()
         self.tracker.stop()
         kilowatt_hours = float(self.tracker.final_emissions_data.energy_consumed)
         seconds = time.perf_counter() - self.started

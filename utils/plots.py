@@ -1,9 +1,11 @@
 """One look for all figures: colours that colour-blind readers can tell apart, units on the axes, legends beside the data."""
 
+import re
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
 import numpy as np
+from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -41,11 +43,14 @@ def heatmap(
     axes.set_yticks(range(len(ylabels)), ylabels)
     axes.set_title(title)
     axes.grid(False)
+    crowded = len(xlabels) > 8
     middle = (image.norm.vmin + image.norm.vmax) / 2
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             shade = "black" if value > middle else "white"
-            axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=7, color=shade)
+            text = f"{value:.{digits}f}"
+            text = re.sub(r"^(-?)0\.(?=\d\d)", r"\1.", text) if crowded else text
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
     axes.figure.colorbar(image, ax=axes, label=unit, shrink=0.9)
 
 
@@ -56,15 +61,18 @@ def plane(
 
     `x` is `stored_bytes`, or `batch1` / `batch32` of the latency ratio. `families` maps a name to method ids.
     """
+    places, names = [], []
     for number, (name, methods) in enumerate(families.items()):
         chosen = [r for r in rows if r["method"] in methods and (x == "stored_bytes" or r["latency_ratio"])]
         values = [r["stored_bytes"] / 1e6 if x == "stored_bytes" else r["latency_ratio"][x] for r in chosen]
         heights = [100 * r["accuracy"] for r in chosen]
         axes.scatter(values, heights, marker=MARKERS[number % 8], color=COLORS[number % 8], s=34, label=name, zorder=3)
-        for r, value, top in zip(chosen, values, heights, strict=True):
-            if r["method"] != "control":
-                axes.annotate(r["method"][2:], (value, top), textcoords="offset points", xytext=(4, 3), fontsize=6)
+        places += zip(values, heights, strict=True)
+        names += [axes.text(value, top, r["method"][2:], fontsize=7)
+                  for r, value, top in zip(chosen, values, heights, strict=True) if r["method"] != "control"]  # fmt: skip
     origin = baseline["stored_bytes"] / 1e6 if x == "stored_bytes" else 1.0
     axes.scatter([origin], [100 * baseline["accuracy"]], marker="+", color="black", s=90, label="baseline", zorder=4)
     axes.axhline(100 * baseline["accuracy"], color="black", linewidth=0.7, linestyle=":")
     axes.set(xlabel=xlabel, ylabel="validation accuracy (%)", title=title)
+    axes.figure.canvas.draw()  # labels are moved on the page, so the page must be laid out
+    adjust_text(names, *zip(*places, strict=True), ax=axes, time_lim=0.5, arrowprops={"arrowstyle": "-", "color": "gray"})

@@ -16,6 +16,7 @@ class Profile:
     """Sizes and budgets of one profile. Steps are optimiser steps, sizes are sentences, lengths are tokens."""
 
     name: str
+    num_layers: int | None  # the model's first layers, where all would only take time; None: all
     train_size: int | None  # None: all
     validation_size: int | None
     max_length: int
@@ -37,20 +38,20 @@ class Profile:
 
 PROFILES = {
     "smoke": Profile(
-        name="smoke", train_size=96, validation_size=32, max_length=16, batch_size=8,
+        name="smoke", num_layers=3, train_size=96, validation_size=32, max_length=16, batch_size=8,
         baseline_steps=6, baseline_learning_rate=2e-4, recovery_steps=2, recovery_learning_rate=1e-4,
         claim_steps=2, seeds=(0,), calibration_size=8, probe_size=8, sparsities=(0.0, 0.5),
         lengths=(32, 64), latency_seconds=0.005, latency_length=4, latency_rounds=1,
     ),
     "cpu": Profile(
-        name="cpu", train_size=None, validation_size=None, max_length=64, batch_size=32,
+        name="cpu", num_layers=None, train_size=None, validation_size=None, max_length=64, batch_size=32,
         baseline_steps=400, baseline_learning_rate=1e-4, recovery_steps=30, recovery_learning_rate=1e-4,
         claim_steps=16, seeds=(0, 1, 2), calibration_size=256, probe_size=192,
         sparsities=(0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
         lengths=(32, 128, 256, 512), latency_seconds=0.06, latency_length=32, latency_rounds=3,
     ),
     "gpu": Profile(
-        name="gpu", train_size=None, validation_size=None, max_length=128, batch_size=32,
+        name="gpu", num_layers=None, train_size=None, validation_size=None, max_length=128, batch_size=32,
         baseline_steps=600, baseline_learning_rate=1e-4, recovery_steps=300, recovery_learning_rate=5e-5,
         claim_steps=160, seeds=(0, 1, 2, 3, 4), calibration_size=1024, probe_size=2000,
         sparsities=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),

@@ -187,7 +187,7 @@ def _hub(name: str) -> tuple[datasets.Dataset, datasets.Dataset]:
 def _split(data: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Stratified, fixed split: a quarter is validation."""
     data = _normalise(data, "the data")
-    labels = np.array(data["label"])
+    labels = np.array(_column(data, "label"))
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < 2 or counts.min() < 2:
         raise CompanionError(
@@ -219,8 +219,8 @@ def _normalise(data: datasets.Dataset, name: str) -> datasets.Dataset:
 
 
 def _label_names(train: datasets.Dataset, validation: datasets.Dataset, name: str) -> list:
-    found = sorted(set(train["label"]))
-    unseen = sorted(set(validation["label"]) - set(found))
+    found = sorted(set(_column(train, "label")))
+    unseen = sorted(set(_column(validation, "label")) - set(found))
     if len(found) < 2:
         raise CompanionError(f"{name} has {len(found)} class(es) in its training part: classification needs two or more")
     if any(isinstance(label, float) and not float(label).is_integer() for label in found):
@@ -232,10 +232,15 @@ def _label_names(train: datasets.Dataset, validation: datasets.Dataset, name: st
 
 def _encode_labels(data: datasets.Dataset, label_names: list) -> datasets.Dataset:
     index = {label: i for i, label in enumerate(label_names)}
-    codes = [index[label] for label in data["label"]]
+    codes = [index[label] for label in _column(data, "label")]
     return data.remove_columns("label").add_column("label", codes)
 
 
 def _tokenise(data: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Split:
-    encoded = tokenizer(list(data["text"]), truncation=True, max_length=max_length)["input_ids"]
-    return Split(data, encoded, torch.tensor(data["label"]))
+    encoded = tokenizer(_column(data, "text"), truncation=True, max_length=max_length)["input_ids"]
+    return Split(data, encoded, torch.tensor(_column(data, "label")))
+
+
+def _column(data: datasets.Dataset, name: str) -> list:
+    """A column as a list, all rows at once: going through `data[name]` fetches them one by one."""
+    return data.with_format("arrow")[:][name].to_pylist()
