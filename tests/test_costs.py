@@ -2,6 +2,7 @@
 
 import copy
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,8 +78,24 @@ def test_component_seconds_account_for_most_of_a_pass(tiny):
     assert not tiny.bert.embeddings._forward_hooks
 
 
-def test_energy_meter_reports_something_positive():
+def test_every_round_of_a_timing_begins_with_another_model(monkeypatch, tiny):
+    order, models = [], [copy.deepcopy(tiny) for _ in range(3)]
+
+    class Recorder:
+        def __init__(self, model):
+            self.number = models.index(model)
+
+        def blocked_autorange(self, min_run_time):
+            order.append(self.number)
+            return SimpleNamespace(median=1.0 + self.number)
+
+    monkeypatch.setattr(costs, "timer", lambda model, inputs: Recorder(model))
+    assert costs.interleaved_seconds(models, batch=1, seconds=0.01, rounds=3) == [[1.0] * 3, [2.0] * 3, [3.0] * 3]
+    assert order == [0, 1, 2, 1, 2, 0, 2, 0, 1]
+    assert costs.speed_ratio([2.0, 4.0, 6.0], [1.0, 1.0, 2.0]).value == 3.0
+
+
+def test_energy_meter_reports_something_positive_even_if_stopped_at_once():
     meter = costs.EnergyMeter()
-    torch.randn(300, 300) @ torch.randn(300, 300)
     found = meter.stop()
     assert found["energy_kwh_estimate"] >= 0 and found["mean_watts_estimate"] >= 0

@@ -3,13 +3,14 @@
 import functools
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from utils import artifacts, bert
+from utils import CompanionError, artifacts, bert
 from utils.bert import matrices
 from utils.quantization import integer, transformer
 from utils.quantization.codebook import StaticKMeans
@@ -294,7 +295,6 @@ def test_bfloat16_halves_the_bytes(tiny, batch):
 
 
 def test_torchao_int8_linears_are_integers_and_close(tiny, batch):
-    pytest.importorskip("torchao")
     engine = integer.torchao_int8(tiny, compiled=False)
     check_engine(engine, tiny, batch, 0.05)
     assert (
@@ -303,10 +303,19 @@ def test_torchao_int8_linears_are_integers_and_close(tiny, batch):
     )
 
 
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not integer.can_compile()
+    monkeypatch.setenv("CXX", sys.executable)
+    assert integer.can_compile()
+
+
+def test_a_missing_engine_is_named():
+    with pytest.raises(CompanionError, match="needs no_such_engine"):
+        integer.optional("no_such_engine.quantization")
+
+
 def test_onnx_runtime_dynamic_int8_takes_any_batch_and_counts_both_files(tiny, batch, tmp_path):
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
     plain = integer.onnx_runtime(tiny, tmp_path / "float", int8=False)
     torch.testing.assert_close(plain(**batch).logits, logits(tiny, batch), atol=1e-4, rtol=0)
     engine = integer.onnx_runtime(tiny, tmp_path / "int8")

@@ -142,11 +142,9 @@ class Board:
         report_progress(f"{method} {label}")
         with within(model):
             logits = self.predict(model)
-        row = {
-            "method": method, "label": label, "hyperparameters": hyperparameters or {},
-            "seed": self.seed if seed is None else seed, "control_of": control_of,
-            **self._accuracy(logits),
-            **self._loyalty(logits),
+        return self._keep({
+            **self._identity(method, label, hyperparameters, control_of, seed),
+            **self._quality(logits),
             **costs.parameter_counts(model),
             **self._store(model, encoded, within),
             **self._forward_costs(model),
@@ -154,24 +152,21 @@ class Board:
             "train_seconds": round(train_seconds, 2),
             "simulated": simulated,
             "effect": {**self._effect(model, logits), **(effect or {})},
-        }  # fmt: skip
-        self._refuse(row)
-        self.rows.append(row)
-        print(self.summary(row))
-        return row
+        })  # fmt: skip
 
     def measure_engine(
-        self, engine: nn.Module, *, method: str, label: str, embedding_bytes: int, hyperparameters: dict | None = None
-    ) -> dict:
+        self, engine: nn.Module, *, method: str, label: str, embedding_bytes: int, hyperparameters: dict | None = None,
+        control_of: str | None = None,
+    ) -> dict:  # fmt: skip
         """Put a finished inference engine (`utils.quantization.integer.Engine`) on the board: real arithmetic, real speed.
 
         It has no artifact of this suite: its bytes are those of its own files, `embedding_bytes` of them for the embeddings.
         """
         report_progress(f"{method} {label}")
         logits = self.predict(engine)
-        row = {
-            "method": method, "label": label, "hyperparameters": hyperparameters or {}, "seed": self.seed, "control_of": None,
-            **self._accuracy(logits), **self._loyalty(logits),
+        return self._keep({
+            **self._identity(method, label, hyperparameters, control_of),
+            **self._quality(logits),
             **costs.parameter_counts(self.baseline.model),
             "stored_bytes": engine.nbytes, "stored_bytes_without_embeddings": engine.nbytes - embedding_bytes,
             "macs": self.baseline_row["macs"], "macs_length": self.profile.latency_length, "peak_memory_bytes": None,
@@ -179,16 +174,18 @@ class Board:
             "train_seconds": 0.0, "simulated": False,
             "effect": {"engine": label, "same_weights": False,
                        "largest_logit_difference": round(float((logits - self.baseline.logits).abs().max()), 6)},
-        }  # fmt: skip
-        self._refuse(row)
-        self.rows.append(row)
-        print(self.summary(row))
-        return row
+        })  # fmt: skip
 
     def latency(self, model: nn.Module, batch: int, rounds: int | None = None) -> dict:
         """Speed relative to the baseline, in turns with it (see `costs.latency_ratio`)."""
         return costs.latency_ratio(self.baseline.model, model, batch, self.profile.latency_seconds,
                                    rounds or self.profile.latency_rounds, self.profile.latency_length)  # fmt: skip
+
+    def race(self, models: dict[str, nn.Module], batch: int, rounds: int | None = None) -> dict[str, metrics.Estimate]:
+        """Speed of several models relative to the baseline, all of them and the baseline in one interleaved run."""
+        baseline, *others = costs.interleaved_seconds([self.baseline.model, *models.values()], batch, self.profile.latency_seconds,
+                                                      rounds or 3 * self.profile.latency_rounds, self.profile.latency_length)  # fmt: skip
+        return {name: costs.speed_ratio(baseline, times) for name, times in zip(models, others, strict=True)}
 
     def claim(self, id: str, statement: str, source: str, unit: str, evidence: list[Evidence]) -> Claim:
         """Judge a statement of a survey and keep the verdict."""
@@ -243,9 +240,22 @@ class Board:
         return {"accuracy": round(right.value, 6), "accuracy_ci95": costs.as_row(right),
                 "drop": round(drop.value, 6), "drop_ci95": costs.as_row(drop)}  # fmt: skip
 
-    def _loyalty(self, logits: torch.Tensor) -> dict:
+    def _identity(
+        self, method: str, label: str, hyperparameters: dict | None, control_of: str | None, seed: int | None = None
+    ) -> dict:
+        return {"method": method, "label": label, "hyperparameters": hyperparameters or {},
+                "seed": self.seed if seed is None else seed, "control_of": control_of}  # fmt: skip
+
+    def _keep(self, row: dict) -> dict:
+        self._refuse(row)
+        self.rows.append(row)
+        print(self.summary(row))
+        return row
+
+    def _quality(self, logits: torch.Tensor) -> dict:
         teacher = self.baseline.logits
-        return {"label_loyalty": round(metrics.label_loyalty(teacher, logits), 4),
+        return {**self._accuracy(logits),
+                "label_loyalty": round(metrics.label_loyalty(teacher, logits), 4),
                 "probability_loyalty": round(metrics.probability_loyalty(teacher, logits), 4)}  # fmt: skip
 
     def _forward_costs(self, model: nn.Module) -> dict:

@@ -113,25 +113,37 @@ def timer(model: Callable, inputs: dict) -> benchmark.Timer:
 
 
 def latency_ratio(baseline: nn.Module, model: nn.Module, batch: int, seconds: float, rounds: int, length: int = 32) -> dict:
-    """Baseline time over model time (above 1: faster), both measured in turns so that a busy machine hurts both alike.
+    """Baseline time over model time (above 1: faster), both measured in turns (see `interleaved_seconds`).
 
     Returns `ratio` (an Estimate over rounds) and the median milliseconds of each.
     """
-    device = next(baseline.parameters()).device
-    inputs = example_inputs(baseline, batch, length, device)
-    timers = [timer(m, inputs) for m in (baseline, model)]
-    times: list[list[float]] = [[], []]
-    with steady_memory():
-        for round_number in range(rounds):
-            order = (0, 1) if round_number % 2 == 0 else (1, 0)
-            for which in order:
-                times[which].append(timers[which].blocked_autorange(min_run_time=seconds).median)
-    ratios = [b / m for b, m in zip(*times, strict=True)]
+    times = interleaved_seconds([baseline, model], batch, seconds, rounds, length)
     return {
-        "ratio": median_interval(ratios),
+        "ratio": speed_ratio(*times),
         "baseline_ms": 1e3 * float(np.median(times[0])),
         "model_ms": 1e3 * float(np.median(times[1])),
     }
+
+
+def speed_ratio(baseline_seconds: list[float], model_seconds: list[float]) -> Estimate:
+    """Baseline time over model time, round by round: the median and its interval."""
+    return median_interval([b / m for b, m in zip(baseline_seconds, model_seconds, strict=True)])
+
+
+def interleaved_seconds(models: list[nn.Module], batch: int, seconds: float, rounds: int, length: int = 32) -> list[list[float]]:
+    """Seconds of a forward pass, one list over rounds per model.
+
+    Every round measures all models, each round beginning with the next one, so that a busy machine hurts all of them alike.
+    """
+    inputs = example_inputs(models[0], batch, length, next(models[0].parameters()).device)
+    timers = [timer(model, inputs) for model in models]
+    times: list[list[float]] = [[] for _ in models]
+    with steady_memory():
+        for round_number in range(rounds):
+            for turn in range(len(models)):
+                which = (turn + round_number) % len(models)
+                times[which].append(timers[which].blocked_autorange(min_run_time=seconds).median)
+    return times
 
 
 def component_seconds(model: nn.Module, inputs: dict, repeats: int = 12) -> dict[str, list[float]]:

@@ -10,6 +10,8 @@ import contextlib
 import importlib
 import io
 import logging
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +51,11 @@ class Engine(nn.Module):
         """Logits of shape (batch, classes). Mixed precision around the call is off inside: the engine has a precision."""
         with torch.autocast(input_ids.device.type, enabled=False):
             return SequenceClassifierOutput(logits=self.run(input_ids, attention_mask).float())
+
+
+def can_compile() -> bool:
+    """Whether torch.compile finds the C++ compiler that it needs on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def state_bytes(model: nn.Module) -> int:
