@@ -38,7 +38,7 @@ class Profile:
 
 PROFILES = {
     "smoke": Profile(
-        name="smoke", num_layers=3, train_size=96, validation_size=32, max_length=16, batch_size=8,
+        name="smoke", num_layers=2, train_size=96, validation_size=32, max_length=16, batch_size=8,
         baseline_steps=6, baseline_learning_rate=2e-4, recovery_steps=2, recovery_learning_rate=1e-4,
         claim_steps=2, seeds=(0,), calibration_size=8, probe_size=8, sparsities=(0.0, 0.5),
         lengths=(32, 64), latency_seconds=0.005, latency_length=4, latency_rounds=1,

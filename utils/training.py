@@ -135,12 +135,6 @@ def calibration_batches(task: Task, profile: Profile, device: torch.device, seed
     return [to_device(batch, device) for batch in stream]
 
 
-def check_batches(batches: list[dict]) -> None:
-    """Raise ValueError where there is nothing to calibrate on."""
-    if not batches:
-        raise ValueError("no calibration batches: at least one is needed (see utils.training.calibration_batches)")
-
-
 def to_device(batch: dict, device: torch.device) -> dict:
     """Move the tensors of a batch."""
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

@@ -10,12 +10,13 @@ from torch import nn
 from utils import artifacts, bert
 from utils.artifacts import Encoded, pack_bits, unpack_bits
 from utils.bert import ENCODER, matrices
+from utils.pruning.hessian import check_batches
 from utils.pruning.masks import dense_weight
 from utils.quantization.codebook import borders, check_count, nearest
 from utils.quantization.loss_aware import first_alpha, loss_aware_levels
 from utils.quantization.quantizer import Quantizer, check_bits, check_weight
 from utils.quantization.uniform import RangeFunction, UniformQuantizer, from_codes
-from utils.training import check_batches, cross_entropy, to_device
+from utils.training import cross_entropy, to_device
 
 # --- Word2Bits ------------------------------------------------------------------------------------------------------
 
