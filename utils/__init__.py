@@ -13,6 +13,7 @@ import warnings
 warnings.filterwarnings("ignore", message="IProgress not found")
 # transformers imports torchao, which tells every user of a CPU that its CUDA kernels do not load.
 logging.getLogger("torchao").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")  # torch.compile's advice to the authors of torchao
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 

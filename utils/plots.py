@@ -30,7 +30,8 @@ def legend_outside(axes: Axes, **options) -> None:
 def curves(axes: Axes, x: Iterable[float], series: dict[str, list[float]], xlabel: str, ylabel: str, title: str) -> None:
     """One line per series, told apart by colour and marker."""
     for number, (name, values) in enumerate(series.items()):
-        axes.plot(list(x), values, marker=MARKERS[number % 8], color=COLORS[number % 8], markersize=5, label=name)
+        style = "-" if number < 8 else "--"  # a ninth series repeats the first colour
+        axes.plot(list(x), values, style, marker=MARKERS[number % 8], color=COLORS[number % 8], markersize=5, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
 
 
@@ -75,4 +76,4 @@ def plane(
     axes.axhline(100 * baseline["accuracy"], color="black", linewidth=0.7, linestyle=":")
     axes.set(xlabel=xlabel, ylabel="validation accuracy (%)", title=title)
     axes.figure.canvas.draw()  # labels are moved on the page, so the page must be laid out
-    adjust_text(names, *zip(*places, strict=True), ax=axes, time_lim=0.5, arrowprops={"arrowstyle": "-", "color": "gray"})
+    adjust_text(names, *zip(*places, strict=True), ax=axes, time_lim=0.25, arrowprops={"arrowstyle": "-", "color": "gray"})

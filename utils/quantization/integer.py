@@ -7,11 +7,13 @@ onnxruntime are optional: a missing one is a CompanionError that names it.
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import logging
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,6 +128,14 @@ def export_onnx(model: nn.Module, path: Path) -> None:
         program.save(path)
 
 
+@functools.lru_cache(maxsize=1)
+def _exported(model: nn.Module, fingerprint: str) -> tempfile.TemporaryDirectory:
+    """A folder with the model's graph. Exporting takes seconds, and the float and the int8 engine start from one graph."""
+    folder = tempfile.TemporaryDirectory()
+    export_onnx(model, Path(folder.name) / "model.onnx")
+    return folder
+
+
 def quantize_onnx(source: Path, path: Path, per_channel: bool = False) -> None:
     """Dynamic int8: weights, embeddings included, are stored in 8 bits, and activations are quantized as they come."""
     onnx, quantization = optional("onnx"), optional("onnxruntime.quantization")
@@ -151,11 +161,12 @@ def onnx_runtime(model: nn.Module, folder: Path, int8: bool = True, per_channel:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.onnx*"):
         stale.unlink()
-    export_onnx(model, folder / ("float.onnx" if int8 else "model.onnx"))
+    exported = Path(_exported(model, bert.fingerprint(model)).name)
     if int8:
-        quantize_onnx(folder / "float.onnx", folder / "model.onnx", per_channel)
-        for needless in folder.glob("float.onnx*"):
-            needless.unlink()
+        quantize_onnx(exported / "model.onnx", folder / "model.onnx", per_channel)
+    else:
+        for file in exported.iterdir():
+            shutil.copy(file, folder)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
