@@ -3,7 +3,7 @@
 Fake quantization is arithmetic in float32 on fewer values, and no faster. The engines here change the arithmetic: int8 weights
 times activations that are quantized on the fly, row by row, with integer sums. Each is wrapped as an `Engine`, which predicts and
 is timed like any model, so accuracy, bytes and milliseconds belong to one and the same thing. torchao, onnx, onnxscript and
-onnxruntime are optional: a missing one is a CompanionError that names it.
+onnxruntime are imported where they are used: a missing one is a CompanionError that names it.
 """
 
 import contextlib
