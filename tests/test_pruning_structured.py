@@ -251,7 +251,7 @@ def test_a_neuron_that_never_changes_has_no_entropy():
         model.bert.encoder.layer[0].intermediate.dense.bias[:2] = torch.tensor([1e3, -1e3])
     scores = neurons.activation_entropy(model, [make_batch()])
     assert scores[0][:2].tolist() == [0, 0]
-    with pytest.raises(ValueError, match="one calibration batch"):
+    with pytest.raises(ValueError, match="no calibration batches"):
         neurons.activation_entropy(model, [])
 
 
@@ -550,7 +550,7 @@ def test_iterative_head_pruning_stops_at_the_threshold():
     for step in (0, 1.5):
         with pytest.raises(ValueError, match=r"\(0, 1\]"):
             heads.prune_heads_iteratively(tiny(), [make_batch()], closeness, step=step)
-    with pytest.raises(ValueError, match="one calibration batch"):
+    with pytest.raises(ValueError, match="no calibration batches"):
         heads.head_importance(tiny(), [])
 
 
@@ -621,7 +621,7 @@ def test_head_relevance_is_the_share_of_output_times_gradient():
     found = heads.head_relevance(model, [batch])
     close(found[2], torch.stack(shares).mean(0))
     assert found.abs().sum(1).max() <= 1 + 1e-5
-    with pytest.raises(ValueError, match="one calibration batch"):
+    with pytest.raises(ValueError, match="no calibration batches"):
         heads.head_relevance(model, [])
 
 
@@ -641,7 +641,7 @@ def test_confidence_by_hand():
     assert found.max() <= 1
     with pytest.raises(ValueError, match="no token is left"):
         heads.head_confidence(model, [batch], tuple(range(100)))
-    with pytest.raises(ValueError, match="one calibration batch"):
+    with pytest.raises(ValueError, match="no calibration batches"):
         heads.head_confidence(model, [], (SEP,))
 
 
@@ -897,7 +897,7 @@ def test_learned_rates_find_the_harmful_layer():
     keep, scores = layers.learned_layers(model, [batch], weight, 3)
     assert keep == [0, 1, 2]
     assert scores.sum().item() == pytest.approx(1) and scores.shape == (LAYERS,)
-    with pytest.raises(ValueError, match="one calibration batch"):
+    with pytest.raises(ValueError, match="no calibration batches"):
         layers.learned_layers(model, [], weight, 3)
 
 

@@ -315,13 +315,44 @@ def test_a_missing_engine_is_named():
         integer.optional("no_such_engine.quantization")
 
 
-def test_onnx_runtime_dynamic_int8_takes_any_batch_and_counts_both_files(tiny, batch, tmp_path):
-    plain = integer.onnx_runtime(tiny, tmp_path / "float", int8=False)
+@pytest.fixture
+def graphs(tiny, tmp_path):
+    """The same model exported, in float32 and in int8."""
+    integer.export_onnx(tiny, tmp_path / "float32.onnx")
+    integer.quantize_onnx(tmp_path / "float32.onnx", tmp_path / "int8.onnx")
+    return tmp_path
+
+
+def test_onnx_runtime_dynamic_int8_takes_any_batch_and_counts_both_files(tiny, batch, graphs):
+    plain = integer.onnx_runtime(graphs / "float32.onnx", tiny.config)
     torch.testing.assert_close(plain(**batch).logits, logits(tiny, batch), atol=1e-4, rtol=0)
-    engine = integer.onnx_runtime(tiny, tmp_path / "int8")
+    engine = integer.onnx_runtime(graphs / "int8.onnx", tiny.config)
     check_engine(engine, tiny, batch, 0.05)
     short = {name: value[:1, :5] if value.dim() == 2 else value[:1] for name, value in batch.items()}
     check_engine(engine, tiny, short, 0.05)
-    assert engine.nbytes < plain.nbytes == sum(file.stat().st_size for file in (tmp_path / "float").iterdir())
-    assert "MatMulInteger" in integer.onnx_operators(tmp_path / "int8")
-    assert "MatMulInteger" not in integer.onnx_operators(tmp_path / "float")
+    assert engine.nbytes < plain.nbytes == sum(file.stat().st_size for file in graphs.glob("float32.onnx*"))
+    assert "MatMulInteger" in integer.onnx_operators(graphs / "int8.onnx")
+    assert "MatMulInteger" not in integer.onnx_operators(graphs / "float32.onnx")
+
+
+def test_left_out_fusions_change_kernels_and_no_logits(tiny, batch, graphs):
+    parts, fused = (integer.onnx_runtime(graphs / "float32.onnx", tiny.config, disabled) for disabled in (["SkipLayerNormFusion"], []))
+    torch.testing.assert_close(parts(**batch).logits, fused(**batch).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("given", "columns", "expected"), [(1, 5, (1, 8)), (3, 8, (4, 8)), (4, 9, (4, 16)), (9, 18, (4, 20))])
+def test_padding_repeats_shapes_and_changes_no_logits(tiny, given, columns, expected):
+    shapes = []
+
+    def run(ids, mask):
+        shapes.append(tuple(ids.shape))
+        return tiny(input_ids=ids, attention_mask=mask).logits
+
+    torch.manual_seed(0)
+    ids = torch.randint(1, tiny.config.vocab_size, (given, columns))
+    mask = torch.ones_like(ids)
+    mask[0, columns // 2 :] = 0
+    with torch.inference_mode():
+        padded = integer.in_few_shapes(run, longest=20, rows=4, length=8)(ids, mask)
+        torch.testing.assert_close(padded, run(ids, mask), atol=1e-5, rtol=1e-4)
+    assert set(shapes[:-1]) == {expected}

@@ -6,6 +6,7 @@ artifact on disk does not give back the measured model.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -109,13 +110,24 @@ class Board:
         """Validation logits, shape (examples, classes)."""
         return training.predict(model, self.task.validation, self.task.tokenizer.pad_token_id)
 
-    def accuracy(self, model: nn.Module) -> float:
-        """Validation accuracy, for curves; rows go through `measure`."""
-        return float((self.predict(model).argmax(-1) == self.task.validation.labels).float().mean())
+    def percent(self, logits: torch.Tensor) -> float:
+        """Validation accuracy of logits, in percent."""
+        return 100 * (logits.argmax(-1) == self.task.validation.labels).float().mean().item()
 
-    def difference(self, first: torch.Tensor, second: torch.Tensor) -> metrics.Estimate:
-        """Accuracy of the first logits minus that of the second, paired over the validation examples."""
-        return metrics.paired_difference(first, second, self.task.validation.labels)
+    def points(self, first: torch.Tensor, second: torch.Tensor) -> metrics.Estimate:
+        """Accuracy of the first logits minus that of the second, in percentage points, paired over the validation examples."""
+        found = metrics.paired_difference(first, second, self.task.validation.labels)
+        return metrics.Estimate(100 * found.value, 100 * found.low, 100 * found.high, found.n)
+
+    @functools.cached_property
+    def probe(self) -> tasks.Split:
+        """A fixed part of the validation sentences, for curves and maps that take many evaluations."""
+        return self.task.validation.first(self.profile.probe_size)
+
+    def probe_accuracy(self, model: nn.Module) -> float:
+        """Accuracy in percent on the probe."""
+        logits = training.predict(model, self.probe, self.task.tokenizer.pad_token_id)
+        return 100 * (logits.argmax(-1) == self.probe.labels).float().mean().item()
 
     def measure(
         self,
@@ -170,21 +182,22 @@ class Board:
             **costs.parameter_counts(self.baseline.model),
             "stored_bytes": engine.nbytes, "stored_bytes_without_embeddings": engine.nbytes - embedding_bytes,
             "macs": self.baseline_row["macs"], "macs_length": self.profile.latency_length, "peak_memory_bytes": None,
-            **self._latency(engine, simulated=False),
+            **self._latency(engine, simulated=False, rest=costs.REST),
             "train_seconds": 0.0, "simulated": False,
             "effect": {"engine": label, "same_weights": False,
                        "largest_logit_difference": round(float((logits - self.baseline.logits).abs().max()), 6)},
         })  # fmt: skip
 
-    def latency(self, model: nn.Module, batch: int, rounds: int | None = None) -> dict:
+    def latency(self, model: nn.Module, batch: int, rounds: int | None = None, rest: float = 0.0) -> dict:
         """Speed relative to the baseline, in turns with it (see `costs.latency_ratio`)."""
         return costs.latency_ratio(self.baseline.model, model, batch, self.profile.latency_seconds,
-                                   rounds or self.profile.latency_rounds, self.profile.latency_length)  # fmt: skip
+                                   rounds or self.profile.latency_rounds, self.profile.latency_length, rest)  # fmt: skip
 
     def race(self, models: dict[str, nn.Module], batch: int, rounds: int | None = None) -> dict[str, metrics.Estimate]:
         """Speed of several models relative to the baseline, all of them and the baseline in one interleaved run."""
         baseline, *others = costs.interleaved_seconds([self.baseline.model, *models.values()], batch, self.profile.latency_seconds,
-                                                      rounds or 3 * self.profile.latency_rounds, self.profile.latency_length)  # fmt: skip
+                                                      rounds or 3 * self.profile.latency_rounds, self.profile.latency_length,
+                                                      costs.REST)  # fmt: skip
         return {name: costs.speed_ratio(baseline, times) for name, times in zip(models, others, strict=True)}
 
     def claim(self, id: str, statement: str, source: str, unit: str, evidence: list[Evidence]) -> Claim:
@@ -262,10 +275,10 @@ class Board:
         return {"macs": costs.macs(model, self.profile.latency_length), "macs_length": self.profile.latency_length,
                 "peak_memory_bytes": costs.peak_memory(model, max(costs.LATENCY_BATCHES), self.profile.latency_length)}  # fmt: skip
 
-    def _latency(self, model: nn.Module, simulated: bool) -> dict:
+    def _latency(self, model: nn.Module, simulated: bool, rest: float = 0.0) -> dict:
         if simulated:
             return {"latency_ratio": None, "latency_ms": None}
-        found = {f"batch{batch}": self.latency(model, batch) for batch in costs.LATENCY_BATCHES}
+        found = {f"batch{batch}": self.latency(model, batch, rest=rest) for batch in costs.LATENCY_BATCHES}
         return {"latency_ratio": {name: round(value["ratio"].value, 3) for name, value in found.items()},
                 "latency_ratio_interval": {name: costs.as_row(value["ratio"], 3) for name, value in found.items()},
                 "latency_ms": {name: round(value["model_ms"], 3) for name, value in found.items()}}  # fmt: skip

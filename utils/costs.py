@@ -21,6 +21,7 @@ from utils.metrics import Estimate, median_interval
 from utils.training import steady_memory
 
 LATENCY_BATCHES = (1, 32)
+REST = 0.06  # seconds; workers of ONNX Runtime wait busily for 40 ms after their work and hold a core against whoever is next
 COMPONENTS = ("embeddings", "qkv", "attention_core", "attention_output", "ffn", "norms", "head")
 
 
@@ -112,12 +113,14 @@ def timer(model: Callable, inputs: dict) -> benchmark.Timer:
     return benchmark.Timer("forward()", globals={"forward": forward}, num_threads=torch.get_num_threads())
 
 
-def latency_ratio(baseline: nn.Module, model: nn.Module, batch: int, seconds: float, rounds: int, length: int = 32) -> dict:
+def latency_ratio(
+    baseline: nn.Module, model: nn.Module, batch: int, seconds: float, rounds: int, length: int = 32, rest: float = 0.0
+) -> dict:
     """Baseline time over model time (above 1: faster), both measured in turns (see `interleaved_seconds`).
 
     Returns `ratio` (an Estimate over rounds) and the median milliseconds of each.
     """
-    times = interleaved_seconds([baseline, model], batch, seconds, rounds, length)
+    times = interleaved_seconds([baseline, model], batch, seconds, rounds, length, rest)
     return {
         "ratio": speed_ratio(*times),
         "baseline_ms": 1e3 * float(np.median(times[0])),
@@ -130,10 +133,13 @@ def speed_ratio(baseline_seconds: list[float], model_seconds: list[float]) -> Es
     return median_interval([b / m for b, m in zip(baseline_seconds, model_seconds, strict=True)])
 
 
-def interleaved_seconds(models: list[nn.Module], batch: int, seconds: float, rounds: int, length: int = 32) -> list[list[float]]:
+def interleaved_seconds(
+    models: list[nn.Module], batch: int, seconds: float, rounds: int, length: int = 32, rest: float = 0.0
+) -> list[list[float]]:
     """Seconds of a forward pass, one list over rounds per model.
 
     Every round measures all models, each round beginning with the next one, so that a busy machine hurts all of them alike.
+    `rest` seconds pass before every turn: take `REST` where an engine with worker threads of its own is among the models.
     """
     inputs = example_inputs(models[0], batch, length, next(models[0].parameters()).device)
     timers = [timer(model, inputs) for model in models]
@@ -142,6 +148,7 @@ def interleaved_seconds(models: list[nn.Module], batch: int, seconds: float, rou
         for round_number in range(rounds):
             for turn in range(len(models)):
                 which = (turn + round_number) % len(models)
+                time.sleep(rest)
                 times[which].append(timers[which].blocked_autorange(min_run_time=seconds).median)
     return times
 

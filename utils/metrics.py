@@ -1,5 +1,6 @@
 """Accuracy, drop and loyalty, each with what its uncertainty allows one to say."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +46,7 @@ def paired_difference(first: torch.Tensor, second: torch.Tensor, labels: torch.T
     return Estimate((only_first - only_second) / n, max(-1.0, p - q - half), min(1.0, p - q + half), n)
 
 
-def mean_difference(differences: list[float]) -> Estimate:
+def mean_difference(differences: Sequence[float] | np.ndarray) -> Estimate:
     """Mean of paired differences over seeds with Student's interval; one seed has no interval (it is infinite)."""
     values = np.asarray(differences, dtype=float)
     if len(values) < 2:

@@ -62,6 +62,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def first(self, count: int) -> "Split":
+        """The first `count` examples, or all where there are fewer."""
+        count = min(count, len(self))
+        return Split(self.data.select(range(count)), self.input_ids[:count], self.labels[:count])
+
 
 @dataclass
 class Task:

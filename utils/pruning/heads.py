@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from utils import bert
-from utils.pruning.neurons import check_batches
 from utils.pruning.surgery import remove_ffn, remove_heads
-from utils.training import Loss, cross_entropy
+from utils.training import Loss, check_batches, cross_entropy
 
 Evaluate = Callable[[nn.Module], float]
 Objective = Callable[[torch.Tensor, dict], torch.Tensor]  # (logits, batch) -> one value per sentence

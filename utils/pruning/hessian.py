@@ -13,7 +13,7 @@ from torch import nn
 from utils import bert
 from utils.bert import ENCODER, HEAD_GROUPS, Matrix, matrices
 from utils.pruning.masks import Masks, Scores, check_sparsity, dense_weight, lowest, masks_from_scores
-from utils.training import cross_entropy
+from utils.training import check_batches, cross_entropy
 
 Diagonal = Callable[[nn.Module, list[dict], tuple[str, ...]], Scores]
 
@@ -25,12 +25,6 @@ def linear_matrices(model: nn.Module, groups: tuple[str, ...]) -> list[Matrix]:
     if others:
         raise ValueError(f"groups {others} are not linear layers: choose from {', '.join((*ENCODER, *HEAD_GROUPS))}")
     return found
-
-
-def check_batches(batches: list[dict]) -> None:
-    """Raise ValueError where there is nothing to calibrate on."""
-    if not batches:
-        raise ValueError("no calibration batches: at least one is needed (see utils.training.calibration_batches)")
 
 
 @contextlib.contextmanager

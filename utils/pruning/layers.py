@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from utils.pruning.neurons import check_batches
 from utils.pruning.surgery import check_layers
-from utils.training import Loss, cross_entropy
+from utils.training import Loss, check_batches, cross_entropy
 
 Evaluate = Callable[[nn.Module], float]
 STRATEGIES = ("every_other", "top", "bottom", "symmetric")

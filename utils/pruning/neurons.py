@@ -13,17 +13,11 @@ from torch import nn
 
 from utils.pruning.masks import masks_from_scores
 from utils.pruning.surgery import Keep, remove_neurons
-from utils.training import AfterStep
+from utils.training import AfterStep, check_batches
 
 NeuronScores = dict[int, torch.Tensor]
 Prox = Callable[[torch.Tensor, float], torch.Tensor]
 GROUPS = ("coupled", "incoming", "outgoing", "separate")
-
-
-def check_batches(batches: list[dict]) -> None:
-    """Raise ValueError for an empty calibration set."""
-    if not batches:
-        raise ValueError("scoring on data needs one calibration batch or more, got none")
 
 
 @torch.no_grad()

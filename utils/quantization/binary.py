@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from utils.artifacts import Encoded, codebook, dense, uniform
 from utils.bert import ENCODER
 from utils.pruning.hessian import linear_matrices
-from utils.quantization.quantizer import Quantizer, check_weight
+from utils.quantization.quantizer import Quantizer, ascending, check_weight
 
 TINY = torch.finfo(torch.float32).tiny
 AT_TEST = ("nearest", "draw", "float")
@@ -227,7 +227,7 @@ def two_means(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     sum w^2 - k * c2^2 - (n - k) * c1^2; one sort and one cumulative sum give it for all n - 1 splits.
     """
     check_weight(weight)
-    w = weight.detach().flatten().double().sort().values
+    w = ascending(weight.double())
     if w[0] == w[-1]:
         return w[0].to(weight.dtype), w[0].to(weight.dtype)
     k = torch.arange(1, len(w), device=w.device)

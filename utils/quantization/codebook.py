@@ -14,7 +14,7 @@ from torch import nn
 
 from utils import artifacts
 from utils.artifacts import Encoded, pack_bits, unpack_bits
-from utils.quantization.quantizer import Quantizer, check_bits, check_weight
+from utils.quantization.quantizer import Quantizer, ascending, check_bits, check_weight
 
 CHUNK = 2**24  # distances held at a time
 
@@ -95,7 +95,7 @@ def kmeans(weight: torch.Tensor, k: int, init: str = "++", iterations: int = 100
     check_count(k, weight.numel(), "values")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
-    x = weight.detach().float().flatten().sort().values
+    x = ascending(weight.float())
     return lloyd(x, INITS[init](x, k, seed).to(x.device).sort().values, iterations)
 
 

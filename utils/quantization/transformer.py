@@ -10,13 +10,12 @@ from torch import nn
 from utils import artifacts, bert
 from utils.artifacts import Encoded, pack_bits, unpack_bits
 from utils.bert import ENCODER, matrices
-from utils.pruning.hessian import check_batches
 from utils.pruning.masks import dense_weight
 from utils.quantization.codebook import borders, check_count, nearest
 from utils.quantization.loss_aware import first_alpha, loss_aware_levels
-from utils.quantization.quantizer import Quantizer, check_bits, check_weight
+from utils.quantization.quantizer import Quantizer, ascending, check_bits, check_weight
 from utils.quantization.uniform import RangeFunction, UniformQuantizer, from_codes
-from utils.training import cross_entropy, to_device
+from utils.training import check_batches, cross_entropy, to_device
 
 # --- Word2Bits ------------------------------------------------------------------------------------------------------
 
@@ -231,7 +230,7 @@ class Gobo(Quantizer):
         self.bits, self.threshold = bits, threshold
         self.register_buffer("mean", w.mean())
         self.register_buffer("std", w.std(correction=0))
-        x = w[~self.outliers(w)].sort().values
+        x = ascending(w[~self.outliers(w)])
         check_count(2**bits, x.numel(), "values that are no outliers")
         self.register_buffer("centroids", gobo_centroids(x, 2**bits))
 

@@ -18,7 +18,7 @@ from utils import artifacts, bert
 from utils.artifacts import Encoded
 from utils.bert import ENCODER
 from utils.pruning.hessian import linear_matrices
-from utils.quantization.quantizer import Quantizer, check_bits, check_weight, straight_through
+from utils.quantization.quantizer import Quantizer, ascending, check_bits, check_weight, straight_through
 from utils.training import Loss, to_device
 
 Range = tuple[torch.Tensor, torch.Tensor]
@@ -307,7 +307,7 @@ def percentile_codes(x: torch.Tensor, bits: int) -> torch.Tensor:
     """The bin of every value of x (n,) when 2^bits bins hold equally many: the bounds are the exact i / 2^bits percentiles."""
     N, n = 2**bits, x.numel()
     ranks = torch.tensor([math.ceil(i * n / N) - 1 for i in range(1, N)], dtype=torch.long, device=x.device)
-    return torch.bucketize(x, x.sort().values[ranks])
+    return torch.bucketize(x, ascending(x)[ranks])
 
 
 def recursive_codes(x: torch.Tensor, bits: int, centers: Callable) -> torch.Tensor:
