@@ -132,7 +132,7 @@ def mse_range(x: torch.Tensor, bits: int, symmetric: bool, steps: int = 50) -> R
     return best_r * lo, best_r * hi
 
 
-def kl_range(x: torch.Tensor, bits: int, symmetric: bool, candidates: int = 64) -> Range:
+def kl_range(x: torch.Tensor, bits: int, symmetric: bool, candidates: int = 32) -> Range:
     """Clip at the c of smallest KL divergence between the histogram of |x|, clipped at c, and its 2^(bits-1)-level version.
 
     The calibration of integer inference engines, made for 8 bits and for many values per range.
