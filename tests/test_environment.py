@@ -62,5 +62,7 @@ def test_committed_notebooks_are_executed_small_and_without_local_paths(path: Pa
     outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert not [output for output in outputs if output.get("name") == "stderr"]
+    shown = [output for output in outputs if output.output_type == "execute_result"]
+    assert [output.data["text/plain"] for output in shown if "text/html" not in output.data] == []  # bare values of a last line
     assert path.stat().st_size < 3_000_000
     assert str(Path.home()) + "/" not in path.read_text() or str(Path.home()) == "/"
