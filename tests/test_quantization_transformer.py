@@ -303,6 +303,14 @@ def test_torchao_int8_linears_are_integers_and_close(tiny, batch):
     )
 
 
+@pytest.mark.skipif(not integer.can_compile(), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_engine_computes_the_same_logits_at_any_length(tiny, batch):
+    engine = integer.float_engine(tiny, torch.float32, compiled=True)
+    torch.testing.assert_close(engine(**batch).logits, logits(tiny, batch), atol=1e-4, rtol=1e-3)
+    short = {name: value[:, :5] if value.dim() == 2 else value for name, value in batch.items()}
+    torch.testing.assert_close(engine(**short).logits, logits(tiny, short), atol=1e-4, rtol=1e-3)
+
+
 def test_compiling_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not integer.can_compile()

@@ -90,7 +90,7 @@ def in_few_shapes(run: Run, longest: int, rows: int = 32, length: int = 32) -> R
 def torch_engine(model: nn.Module, compiled: bool) -> Engine:
     """An engine around a torch model, which torch.compile may fuse, with its weights as constants that it lays out in advance.
 
-    The first pass of a compiled engine in each of its few shapes takes most of a minute; it must not be changed afterwards.
+    The first pass of a compiled engine in each of its few shapes takes ten seconds or so; it must not be changed afterwards.
     """
 
     def run(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ def torch_engine(model: nn.Module, compiled: bool) -> Engine:
 
     call = run
     if compiled:
-        inductor.freezing = True  # as an option of this one call it would not reach the tracer, which has to know of it
+        inductor.freezing = True  # torch.compile's `options` would not do: the tracer reads this switch itself
         fused = torch.compile(run, dynamic=False, isolate_recompiles=True)
         call = in_few_shapes(fused, model.config.max_position_embeddings)
     return Engine(call, model.config, state_bytes(model)).to(next(model.parameters()).device)
@@ -112,8 +112,8 @@ def float_engine(model: nn.Module, dtype: torch.dtype = torch.bfloat16, compiled
 def torchao_int8(model: nn.Module, compiled: bool = True) -> Engine:
     """torchao: every linear layer gets int8 weights (one scale per output) and dynamic int8 activations (one per token).
 
-    Embeddings stay in float32. Uncompiled it is slower than float32: only the fused kernels pay. Raises CompanionError without
-    torchao.
+    Embeddings stay in float32. Uncompiled, a single sentence is slower than in float32: its scales cost more than its products
+    save. Raises CompanionError without torchao.
     """
     quantization = optional("torchao.quantization")
     copy = bert.fresh_copy(model).float()
