@@ -114,7 +114,7 @@ def test_groups_reach_from_one_range_per_tensor_to_one_per_neuron(weight, bits, 
         assert torch.equal(found, UniformQuantizer(bits, symmetric, granularity).quantize(weight))
     lo, hi = weight.amin(1), weight.amax(1)
     scale = (hi - lo) / (2**bits - 1)
-    expected = torch.fake_quantize_per_channel_affine(weight, scale, -lo / scale, 0, 0, 2**bits - 1)
+    expected = torch.fake_quantize_per_channel_affine(weight, scale, torch.round(-lo / scale).int(), 0, 0, 2**bits - 1)
     torch.testing.assert_close(GroupwiseQuantizer(bits, 48).quantize(weight), expected, atol=1e-6, rtol=0)
     twelve = GroupwiseQuantizer(bits, 12, symmetric)
     pieces = [UniformQuantizer(bits, symmetric).quantize(piece) for piece in weight.split(4)]

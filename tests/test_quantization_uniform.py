@@ -41,7 +41,7 @@ def test_printed_formulas_have_their_levels_and_agree_with_each_other(bits):
     signed = uniform.q_k_signed(2 * x - 1, bits)
     torch.testing.assert_close(signed, 2 * uniform.q_k(x, bits) - 1, atol=1e-6, rtol=0)
     general = uniform.q_k_general(3 * x - 1, bits)
-    quantized = UniformQuantizer(bits, symmetric=False).quantize((3 * x - 1).view(40, 100)).flatten()
+    quantized = UniformQuantizer(bits, symmetric=False, zero_on_grid=False).quantize((3 * x - 1).view(40, 100)).flatten()
     torch.testing.assert_close(general, quantized, atol=1e-5, rtol=0)
     assert torch.equal(uniform.q_k_general(torch.full((5,), 2.0), bits), torch.full((5,), 2.0))
 
@@ -63,10 +63,23 @@ def test_symmetric_per_tensor_and_per_row_equal_torchs_fake_quantization(weight,
 def test_asymmetric_groups_equal_torchs_per_channel_fake_quantization(weight, bits):
     groups = weight.reshape(24 * 4, 8)
     lo, hi = groups.amin(1), groups.amax(1)
+    if bits > 1:
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     scale = (hi - lo) / (2**bits - 1)
-    expected = torch.fake_quantize_per_channel_affine(groups, scale, -lo / scale, 0, 0, 2**bits - 1).view_as(weight)
+    zero = torch.round(-lo / scale).int() if bits > 1 else -lo / scale  # torch's zero points are whole numbers
+    expected = torch.fake_quantize_per_channel_affine(groups, scale, zero, 0, 0, 2**bits - 1).view_as(weight)
     quantizer = UniformQuantizer(bits, symmetric=False, granularity="group", group_size=8)
     torch.testing.assert_close(quantizer.quantize(weight), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.method("Q-16")
+@pytest.mark.parametrize("bits", BITS[1:])
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_zero_is_a_level_unless_the_formula_is_taken_as_printed(weight, bits, granularity):
+    skewed = weight + 0.03 * (weight > 0)
+    skewed[:, :2] = 0
+    assert not UniformQuantizer(bits, False, granularity).quantize(skewed)[:, :2].any()
+    assert UniformQuantizer(bits, False, granularity, zero_on_grid=False).quantize(skewed)[:, :2].all()
 
 
 @pytest.mark.method("Q-16")
@@ -255,7 +268,7 @@ def test_activation_ranges_are_dynamic_until_calibrated(tiny, batch):
     quantizer = ActivationQuantizer(4)
     lo, hi = x.min(), x.max()
     scale = (hi - lo) / 15
-    expected = torch.fake_quantize_per_channel_affine(x.view(1, -1), scale.view(1), (-lo / scale).view(1), 0, 0, 15).view_as(x)
+    expected = torch.fake_quantize_per_tensor_affine(x, scale.item(), round((-lo / scale).item()), 0, 15)
     torch.testing.assert_close(quantizer(x), expected, atol=1e-5, rtol=0)
     plain = logits(tiny, batch)
     with uniform.quantized_inputs(tiny, lambda: ActivationQuantizer(3)) as dynamic:
@@ -295,7 +308,11 @@ def test_every_operand_of_attention_is_rounded_to_its_own_range():
     mask = torch.zeros(2, 1, 1, 6)
     mask[1, ..., 4:] = -torch.inf
     output, _ = uniform.quantized_attention_forward(module, Q, K, V, mask, 5**-0.5)
-    r = functools.partial(uniform.q_k_general, bits=3)
+
+    def r(x):
+        scale = ((x.max().clamp(min=0) - x.min().clamp(max=0)) / 7).item()
+        return torch.fake_quantize_per_tensor_affine(x, scale, round(-min(x.min().item(), 0) / scale), 0, 7)
+
     expected = r(torch.softmax(r(Q) @ r(K).mT / 5**0.5 + mask, -1)) @ r(V)
     torch.testing.assert_close(output, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
 

@@ -53,17 +53,24 @@ def q_k_general(X: torch.Tensor, bits: int) -> torch.Tensor:
 # --- levels and codes -----------------------------------------------------------------------------------------------
 
 
-def affine(lo: torch.Tensor, hi: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def affine(
+    lo: torch.Tensor, hi: torch.Tensor, bits: int, symmetric: bool, zero_on_grid: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero of value = scale * (code - zero) over the range [lo, hi].
 
-    Asymmetric: the 2^bits codes reach from lo to hi (`q_k_general`). Symmetric: code n = 2^(bits-1) - 1 means 0.0, n codes lie on
-    each side, one code stays unused. One bit has no room for a zero between two signs: it takes lo and hi.
+    Symmetric: code n = 2^(bits-1) - 1 means 0.0, n codes lie on each side, one code stays unused. Asymmetric: the 2^bits codes
+    reach from lo to hi, moved by less than a step so that one of them means 0.0 (Jacob et al. 2018), or, without
+    `zero_on_grid`, exactly from lo to hi (`q_k_general`). One bit has no room for a zero between two signs: it takes lo and hi.
     """
+    if bits > 1 and zero_on_grid:
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     n = 2 ** (bits - 1) - 1 if symmetric and bits > 1 else (2**bits - 1) / 2
     scale = (hi - lo) / (2 * n)
     scale = torch.where(scale > 0, scale, lo.abs())  # all values equal: code 0 must be that value
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return scale, torch.full_like(scale, n) if symmetric and bits > 1 else -lo / scale
+    if symmetric and bits > 1:
+        return scale, torch.full_like(scale, n)
+    return scale, torch.round(-lo / scale) if bits > 1 and zero_on_grid else -lo / scale
 
 
 def to_codes(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
@@ -179,7 +186,7 @@ class UniformQuantizer(Quantizer):
     """Uniform k-bit quantization of a weight (rows, columns). Rastegari 2016, Hubara 2017, He et al. 2016, survey 3.3.
 
     `granularity` says who shares a range: the `tensor`, a `row`, or a `group` of `group_size` columns of a row. `clip` names the
-    rule that ends the range (`RANGES`), or is such a rule. Raises ValueError for bits outside 1 to 8 and unknown names.
+    rule that ends the range (`RANGES`), or is such a rule. `zero_on_grid` see `affine`. Raises ValueError for bits outside 1 to 8 and unknown names.
     """
 
     def __init__(
@@ -189,13 +196,14 @@ class UniformQuantizer(Quantizer):
         granularity: str = "tensor",
         group_size: int = 64,
         clip: str | RangeFunction = "max",
+        zero_on_grid: bool = True,
     ):
         super().__init__()
         check_bits(bits)
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         self.bits, self.symmetric, self.granularity, self.group_size = bits, symmetric, granularity, group_size
-        self.range = range_function(clip)
+        self.range, self.zero_on_grid = range_function(clip), zero_on_grid
 
     def grid(self, weight: torch.Tensor) -> tuple[int, int]:
         """How many ranges there are along the rows and along the columns."""
@@ -212,7 +220,7 @@ class UniformQuantizer(Quantizer):
         """Codes (rows, groups, values of a range), scale and zero (rows, groups, 1)."""
         check_weight(weight)
         x = weight.detach().float().reshape(*self.grid(weight), -1)
-        scale, zero = affine(*self.range(x, self.bits, self.symmetric), self.bits, self.symmetric)
+        scale, zero = affine(*self.range(x, self.bits, self.symmetric), self.bits, self.symmetric, self.zero_on_grid)
         return to_codes(x, scale, zero, self.bits, self.symmetric), scale, zero
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
@@ -365,7 +373,7 @@ class BalancedQuantizer(Quantizer):
         x = weight.detach().float().flatten()
         lo, hi = self.range(x, self.bits, self.range is mean_range)
         codes = self.bins(x, self.bits) * (hi > lo)  # all values equal: one level is enough
-        return codes, *affine(lo, hi, self.bits, False)
+        return codes, *affine(lo, hi, self.bits, False, zero_on_grid=False)
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """The level of every weight's bin."""
