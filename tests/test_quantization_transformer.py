@@ -344,7 +344,9 @@ def test_onnx_runtime_dynamic_int8_takes_any_batch_and_counts_both_files(tiny, b
 
 
 def test_left_out_fusions_change_kernels_and_no_logits(tiny, batch, graphs):
-    parts, fused = (integer.onnx_runtime(graphs / "float32.onnx", tiny.config, disabled) for disabled in (["SkipLayerNormFusion"], []))
+    parts, fused = (
+        integer.onnx_runtime(graphs / "float32.onnx", tiny.config, disabled) for disabled in (["SkipLayerNormFusion"], [])
+    )
     torch.testing.assert_close(parts(**batch).logits, fused(**batch).logits, atol=1e-5, rtol=0)
 
 
