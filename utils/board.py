@@ -112,7 +112,7 @@ class Board:
 
     def percent(self, logits: torch.Tensor) -> float:
         """Validation accuracy of logits, in percent."""
-        return 100 * (logits.argmax(-1) == self.task.validation.labels).float().mean().item()
+        return percent_right(logits, self.task.validation.labels)
 
     def points(self, first: torch.Tensor, second: torch.Tensor) -> metrics.Estimate:
         """Accuracy of the first logits minus that of the second, in percentage points, paired over the validation examples."""
@@ -127,7 +127,7 @@ class Board:
     def probe_accuracy(self, model: nn.Module) -> float:
         """Accuracy in percent on the probe."""
         logits = training.predict(model, self.probe, self.task.tokenizer.pad_token_id)
-        return 100 * (logits.argmax(-1) == self.probe.labels).float().mean().item()
+        return percent_right(logits, self.probe.labels)
 
     def measure(
         self,
@@ -325,6 +325,11 @@ class Board:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{torch.cpu.get_capabilities().get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
+
+
+def percent_right(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Accuracy in percent, without an interval: for curves. `logits` (examples, classes), `labels` (examples,)."""
+    return 100 * (logits.argmax(-1) == labels).float().mean().item()
 
 
 def flatten(content: dict, prefix: str = "") -> dict:
