@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_model, save_file
+from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 
-from utils import bert, cache, tasks, training
+from utils import CompanionError, bert, cache, metrics, tasks, training
 from utils.profiles import Profile, compute_dtype
 from utils.tasks import Task
 
@@ -24,6 +24,10 @@ class Baseline:
     train_tokens: int
     losses: list[float]  # one per step
     from_cache: bool
+    key: str  # names everything that it was made from
+
+
+Phase = tuple[int, float, bool]  # steps, learning rate, whether embeddings train
 
 
 def fine_tuned(model_name: str, task: Task, profile: Profile, seed: int, device: torch.device) -> Baseline:
@@ -35,23 +39,58 @@ def fine_tuned(model_name: str, task: Task, profile: Profile, seed: int, device:
         built_here.append(True)
         _fine_tune(pretrained.to(device), task, profile, seed, folder)
 
-    folder = cache.once("baseline", _key(pretrained, task, profile, seed, device), build)
+    key = _key(pretrained, task, profile, seed, device)
+    folder = cache.once("baseline", key, build)
     facts = json.loads((folder / "facts.json").read_text())
     model = pretrained.cpu()
     load_model(model, folder / "model.safetensors")
     model.to(device).eval()
     # Predicted anew rather than cached, so that every logit on the board comes from this process on this machine.
     logits = training.predict(model, task.validation, task.tokenizer.pad_token_id)
-    return Baseline(model, logits, facts["seconds"], facts["tokens"], facts["losses"], not built_here)
+    return Baseline(model, logits, facts["seconds"], facts["tokens"], facts["losses"], not built_here, key)
+
+
+def dense_control(baseline: Baseline, phases: tuple[Phase, ...], task: Task, profile: Profile, seed: int) -> torch.Tensor:
+    """Validation logits of the uncompressed model after the training that a method had, phase by phase; cached.
+
+    Without it nobody could tell what a method did from what its training did.
+    """
+
+    def build(folder: Path) -> None:
+        model = bert.fresh_copy(baseline.model)
+        for steps, learning_rate, train_embeddings in phases:
+            training.train(model, task, profile, steps=steps, learning_rate=learning_rate, seed=seed,
+                           train_embeddings=train_embeddings)  # fmt: skip
+        save_file(
+            {"logits": training.predict(model, task.validation, task.tokenizer.pad_token_id)}, folder / "logits.safetensors"
+        )
+
+    sizes = {"baseline": baseline.key, "phases": phases, "seed": seed, "batch_size": profile.batch_size}
+    folder = cache.once("control", cache.key(sizes), build)
+    return load_file(folder / "logits.safetensors")["logits"]
 
 
 def _fine_tune(model: nn.Module, task: Task, profile: Profile, seed: int, folder: Path) -> None:
     log = training.train(model, task, profile, steps=profile.baseline_steps, learning_rate=profile.baseline_learning_rate,
                          seed=seed, train_embeddings=True)  # fmt: skip
+    if profile.name != "smoke":
+        _refuse_if_nothing_learned(model, task, profile)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "model.safetensors")
     facts = {"seconds": log.seconds, "tokens": log.tokens, "steps": log.steps, "losses": log.losses}
     (folder / "facts.json").write_text(json.dumps(facts))
+
+
+def _refuse_if_nothing_learned(model: nn.Module, task: Task, profile: Profile) -> None:
+    """Raise CompanionError where accuracy cannot be told from always answering the most frequent label."""
+    found = metrics.accuracy(training.predict(model, task.validation, task.tokenizer.pad_token_id), task.validation.labels)
+    if found.low <= task.majority_accuracy():
+        raise CompanionError(
+            f"the baseline learned nothing: after {profile.baseline_steps} steps of {profile.batch_size} sentences at rate "
+            f"{profile.baseline_learning_rate:g} on {len(task.train)} sentences of {task.name} its accuracy is "
+            f"{100 * found.value:.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}], and the most frequent label alone gives "
+            f"{100 * task.majority_accuracy():.1f} %. More data, more steps or another rate (utils/profiles.py) may help"
+        )
 
 
 def _key(pretrained: nn.Module, task: Task, profile: Profile, seed: int, device: torch.device) -> str:
@@ -64,5 +103,5 @@ def _key(pretrained: nn.Module, task: Task, profile: Profile, seed: int, device:
         "device": device.type,
         "dtype": compute_dtype(device),
         "torch": torch.__version__,
-        "code": cache.source_hash(training, tasks, sys.modules[__name__]),
+        "code": cache.source_hash(training, tasks, bert, sys.modules[__name__]),
     })  # fmt: skip

@@ -8,13 +8,14 @@ import contextlib
 import copy
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from utils import CompanionError
@@ -70,6 +71,41 @@ def matrices(model: nn.Module, groups: tuple[str, ...] = ENCODER) -> list[Matrix
         found += [(f"bert.encoder.layer.{layer}.{path}", group, layer) for group, path in LAYER_GROUPS.items()]
     found += [(path, group, None) for group, path in HEAD_GROUPS.items()]
     return [Matrix(f"{path}.weight", group, layer, model.get_submodule(path)) for path, group, layer in found if group in groups]
+
+
+def linear_matrices(model: nn.Module, groups: tuple[str, ...]) -> list[Matrix]:
+    """The matrices of linear layers. Raises ValueError for embedding groups, whose input is no vector."""
+    found = matrices(model, groups)
+    others = sorted({m.group for m in found if not isinstance(m.module, nn.Linear)})
+    if others:
+        raise ValueError(f"groups {others} are not linear layers: choose from {', '.join((*ENCODER, *HEAD_GROUPS))}")
+    return found
+
+
+def dense_weight(matrix: Matrix) -> torch.Tensor:
+    """The trainable weight under the mask (the weight itself where none is held)."""
+    module = matrix.module
+    return module.parametrizations.weight.original if parametrize.is_parametrized(module, "weight") else module.weight
+
+
+@contextlib.contextmanager
+def watch(model: nn.Module, groups: tuple[str, ...], visit: Callable) -> Iterator[None]:
+    """Call `visit(name, x, y)` whenever a linear layer turns x into y. The model is in evaluation mode inside the block."""
+    training = model.training
+    model.eval()
+    handles = [m.module.register_forward_hook(lambda module, args, y, name=m.name: visit(name, args[0].detach(), y))
+               for m in linear_matrices(model, groups)]  # fmt: skip
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+
+
+def embeddings(model: nn.Module) -> nn.Module:
+    """The embedding block: that of the BERT inside, or of a whole student (`utils.parts`)."""
+    return model.bert.embeddings if hasattr(model, "bert") else model.embeddings
 
 
 def resolve(name: str) -> str:
@@ -138,13 +174,19 @@ def fingerprint(model: nn.Module) -> str:
 
 @contextlib.contextmanager
 def attention(model: nn.Module, implementation: str) -> Iterator[None]:
-    """Use another attention implementation (`eager`, `sdpa`) inside the block."""
+    """Use another attention (`eager`, `sdpa`, or a name in `utils.parts.ATTENTIONS`) inside the block."""
     before = model.config._attn_implementation
     model.config._attn_implementation = implementation
     try:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+def fastest_attention(model: nn.Module, implementation: str) -> contextlib.AbstractContextManager:
+    """`implementation` in place of a stock `sdpa`, to which it is equal; any other attention is the model's own and stays."""
+    stock = getattr(model.config, "_attn_implementation", None) == "sdpa"
+    return attention(model, implementation) if stock else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

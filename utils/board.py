@@ -1,8 +1,8 @@
-"""The board: opens a chapter, measures compressed models with one ruler, and writes the results file.
+"""The board: opens a chapter, puts compressed models on it with one ruler, judges claims, and writes the results file.
 
-A chapter's notebook opens a board, takes fresh copies of the baseline from it, changes them, and hands each back to be
-measured. Every result is one row. A row is refused when the method changed nothing, when a number is not finite, or when the
-artifact on disk does not give back the measured model.
+A chapter's notebook opens a board, takes trials from it (fresh copies of the baseline that a method changes), and puts each
+back to be measured. Every result is one row. A row is refused when the method changed nothing, when a number is not finite, or
+when the artifact on disk does not give back the measured model. Rows are on disk as they come.
 """
 
 import contextlib
@@ -10,15 +10,12 @@ import functools
 import json
 import math
 import os
-import platform
 import random
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -26,22 +23,32 @@ import pandas
 import torch
 from torch import nn
 
-from utils import CompanionError, artifacts, bert, cache, costs, metrics, profiles, tasks, training
-from utils.artifacts import Encoded
-from utils.baseline import Baseline, fine_tuned
+from utils import (
+    CompanionError,
+    artifacts,
+    bert,
+    cache,
+    catalogue,
+    contract,
+    costs,
+    metrics,
+    parts,
+    profiles,
+    results,
+    tasks,
+    training,
+    trials,
+)
+from utils.baseline import Baseline, dense_control, fine_tuned
 from utils.claims import Claim, Evidence, judge
+from utils.encodings import Encoded
+from utils.results import Row
+from utils.trials import Seeds, Trial, Within
 
-ROOT = Path(__file__).resolve().parent.parent
 RELOAD_TOLERANCE = 1e-4  # largest logit difference between a measured model and its reloaded artifact, float32
-PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy", "scipy")
-TABLE = {
-    "method": "method", "label": "label", "accuracy": "accuracy", "drop": "drop", "label_loyalty": "label loyalty",
-    "probability_loyalty": "prob. loyalty", "nonzero_parameters": "non-zero", "stored_bytes": "MB", "macs": "MMAC",
-    "batch1": "speed ×1", "batch32": "speed ×32", "train_seconds": "train s",
-}  # fmt: skip
-
-
-Within = Callable[[nn.Module], contextlib.AbstractContextManager]
+BASELINE = "baseline"
+OPENING = "opening"
+TIMING = ("latency_ratio", "latency_ratio_interval", "latency_ms")
 
 
 class RowRefused(CompanionError):
@@ -59,9 +66,11 @@ class Board:
     seed: int
     device: torch.device
     model_name: str
-    rows: list[dict] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
-    baseline_row: dict = field(default_factory=dict)
+    failures: list[dict] = field(default_factory=list)
+    baseline_row: Row | None = None
+    section_seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -70,53 +79,122 @@ class Board:
     ) -> "Board":  # fmt: skip
         """Load model and data, fetch or train the baseline, and start the clock and the energy estimate.
 
-        Raises CompanionError for an unknown profile, model, data set or device.
+        Raises CompanionError for an unknown profile, model, data set or device, and for a baseline that learned nothing.
         """
-        started = time.perf_counter()
-        sizes, where = profiles.get(profile), profiles.pick_device(device)
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        sizes, where = profiles.get(profile), profiles.pick_device(device, profile)
         torch.set_float32_matmul_precision("highest")
         task = tasks.load(dataset, bert.load_tokenizer(model), sizes)
         board = cls(chapter, sizes, task, fine_tuned(model, task, sizes, seed, where), seed, where, model)
-        board.started = started
         board._energy = costs.EnergyMeter()
-        with tempfile.TemporaryDirectory() as folder:
-            sizes_on_disk = artifacts.save(board.baseline.model, Path(folder) / "baseline.safetensors")
-        board.baseline_row = {**board._accuracy(board.baseline.logits), **costs.parameter_counts(board.baseline.model),
-                              **sizes_on_disk, **board._forward_costs(board.baseline.model),
-                              "train_seconds": round(board.baseline.train_seconds, 2),
-                              "majority_accuracy": round(task.majority_accuracy(), 4)}  # fmt: skip
-        origin = "from the cache" if board.baseline.from_cache else "fine-tuned now"
-        print(f"{chapter} · profile {profile} · {where} · {len(task.train)} training and {len(task.validation)} validation texts")
-        print(f"baseline ({origin}): accuracy {board.baseline_row['accuracy']:.4f}, "
-              f"{board.baseline_row['parameters'] / 1e6:.1f} M parameters, {board.baseline_row['stored_bytes'] / 1e6:.1f} MB")  # fmt: skip
+        ones = {f"batch{batch}": 1.0 for batch in costs.LATENCY_BATCHES}
+        as_dense = {"latency_ratio": ones, "latency_ratio_interval": None, "latency_ms": None}
+        board._logits, board._timed = {}, {costs.structure(board.dense): (BASELINE, as_dense)}
+        board.started = board._since = time.perf_counter()
+        board._section = OPENING
+        board._read_journal()
+        board._seed()
+        board.baseline_row = board._measure_baseline()
+        print(board.greeting())
         return board
+
+    def greeting(self) -> str:
+        """What this board measures, in two lines."""
+        row, origin = self.baseline_row, "from the cache" if self.baseline.from_cache else "fine-tuned now"
+        return (f"{self.chapter} · profile {self.profile.name} · {self.device} · {len(self.task.train)} training and "
+                f"{len(self.task.validation)} validation texts\nbaseline ({origin}): accuracy {row.accuracy:.4f}, "
+                f"{row.parameters / 1e6:.1f} M parameters, {row.stored_bytes / 1e6:.1f} MB")  # fmt: skip
+
+    # --- sections ---------------------------------------------------------------------------------------------------
+
+    def section(self, name: str) -> None:
+        """Begin a section: everything random starts anew, so that it gives the same numbers alone and inside the chapter."""
+        self._end_section()
+        self._section = name
+        self._seed()
+        report_progress(f"section {name}")
+
+    def _end_section(self) -> None:
+        now = time.perf_counter()
+        self.section_seconds[self._section] = round(self.section_seconds.get(self._section, 0.0) + now - self._since, 1)
+        self._since = now
+
+    def _seed(self) -> None:
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        torch.manual_seed(self.seed)
+
+    @contextlib.contextmanager
+    def attempt(self, method: str) -> Iterator[None]:
+        """An error inside costs this method alone: it is named at the end, and fails the run then."""
+        try:
+            yield
+        except Exception as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            self.failures.append({"method": method, "section": self._section, "error": reason})
+            self._write_journal()
+            print(f"{method} FAILED: {reason}", file=sys.stderr)
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    @property
+    def dense(self) -> nn.Module:
+        """The baseline itself: look, never change."""
+        return self.baseline.model
 
     def fresh(self) -> nn.Module:
         """An independent copy of the baseline."""
-        return bert.fresh_copy(self.baseline.model)
+        return bert.fresh_copy(self.dense)
+
+    def trial(
+        self, change: trials.Change | None = None, *, steps: int = 0, finish: trials.Finish | None = None,
+        within: Within | None = None, seed: int | None = None, start: nn.Module | None = None, **options,
+    ) -> Trial:  # fmt: skip
+        """Copy -> change -> recover -> finish (`utils.trials`); `start` is copied in place of the baseline, options go to `train`."""
+        model = bert.fresh_copy(self.dense if start is None else start)
+        trial = Trial(model, self.task, self.profile, self.seed if seed is None else seed, within or trials.as_it_is)
+        return trials.run(trial, change, steps, finish, **options)
+
+    def over_seeds(self, runs: dict[str, Callable[[int], object]]) -> Seeds:
+        """Run every way with every seed of the profile; each run returns a trial, a model or logits."""
+        return trials.over_seeds(runs, self.seeds, self.percent)
 
     def calibration(self, seed: int = 0) -> list[dict]:
         """Batches of training sentences for scoring weights; the same for every method."""
         return training.calibration_batches(self.task, self.profile, self.device, seed)
 
-    def recover(self, model: nn.Module, **options) -> training.TrainingLog:
-        """Recovery training with the one budget that all methods share (options go to `training.train`)."""
-        return training.train(model, self.task, self.profile, **{"seed": self.seed, **options})
+    @property
+    def steps(self) -> int:
+        """The recovery budget."""
+        return self.profile.recovery_steps
 
-    def predict(self, model: nn.Module) -> torch.Tensor:
-        """Validation logits, shape (examples, classes)."""
-        return training.predict(model, self.task.validation, self.task.tokenizer.pad_token_id)
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of claims that compare trainings."""
+        return self.profile.seeds
 
-    def percent(self, logits: torch.Tensor) -> float:
-        """Validation accuracy of logits, in percent."""
-        return percent_right(logits, self.task.validation.labels)
+    def sized(self, usual: object, *, smoke: object) -> object:
+        """`smoke` in the smoke profile, else the usual value: for grids and counts that would only take time there."""
+        return smoke if self.profile.name == "smoke" else usual
 
-    def points(self, first: torch.Tensor, second: torch.Tensor) -> metrics.Estimate:
-        """Accuracy of the first logits minus that of the second, in percentage points, paired over the validation examples."""
-        found = metrics.paired_difference(first, second, self.task.validation.labels)
+    # --- looking ----------------------------------------------------------------------------------------------------
+
+    def predict(self, result: Trial | nn.Module, split: tasks.Split | None = None) -> torch.Tensor:
+        """Validation logits (or those of another split), shape (examples, classes), in the context in which the model runs."""
+        model, within = trials.model_of(result)
+        with within(model):
+            return training.predict(model, split or self.task.validation, self.task.tokenizer.pad_token_id)
+
+    def logits(self, result: Trial | nn.Module | torch.Tensor) -> torch.Tensor:
+        """Validation logits of whatever comes: logits stay as they are."""
+        return result if isinstance(result, torch.Tensor) else self.predict(result)
+
+    def percent(self, result: Trial | nn.Module | torch.Tensor) -> float:
+        """Validation accuracy in percent."""
+        return percent_right(self.logits(result), self.task.validation.labels)
+
+    def points(self, first: Trial | nn.Module | torch.Tensor, second: Trial | nn.Module | torch.Tensor) -> metrics.Estimate:
+        """Accuracy of the first minus that of the second, in percentage points, paired over the validation examples."""
+        found = metrics.paired_difference(self.logits(first), self.logits(second), self.task.validation.labels)
         return metrics.Estimate(100 * found.value, 100 * found.low, 100 * found.high, found.n)
 
     @functools.cached_property
@@ -124,179 +202,233 @@ class Board:
         """A fixed part of the validation sentences, for curves and maps that take many evaluations."""
         return self.task.validation.first(self.profile.probe_size)
 
-    def probe_accuracy(self, model: nn.Module) -> float:
+    def probe_accuracy(self, result: Trial | nn.Module) -> float:
         """Accuracy in percent on the probe."""
-        logits = training.predict(model, self.probe, self.task.tokenizer.pad_token_id)
-        return percent_right(logits, self.probe.labels)
+        return percent_right(self.predict(result, self.probe), self.probe.labels)
 
-    def measure(
-        self,
-        model: nn.Module,
-        *,
-        method: str,
-        label: str,
-        hyperparameters: dict | None = None,
-        train_seconds: float = 0.0,
-        control_of: str | None = None,
-        encoded: dict[str, Encoded] | None = None,
-        simulated: bool = False,
-        within: Within = lambda model: contextlib.nullcontext(),
-        effect: dict | None = None,
-        seed: int | None = None,
-    ) -> dict:
-        """Put one model on the board; returns the row.
+    @property
+    def probe_error(self) -> float:
+        """One standard error of a probe accuracy near one half, in points: the most that it can be."""
+        return 100 * (0.25 / len(self.probe)) ** 0.5
 
-        `method` is the catalogue id (`control` for a control run, whose `control_of` names the id). `encoded` holds the tensors
-        that need an encoding of their own in the artifact. `simulated` says that speed is emulated: then none is claimed.
-        `within(model)` is a context in which the model runs, such as quantized activations.
+    def find(self, label: str) -> Row:
+        """The row of that label. Raises CompanionError where there is none."""
+        found = [row for row in self.rows if row.label == label]
+        if not found:
+            raise CompanionError(f"no row is called {label!r} yet")
+        return found[-1]
+
+    def compare(self, first: str, second: str) -> str:
+        """A sentence: by how much the row `first` is better than the row `second`, with the paired interval."""
+        gain = self.points(self._logits[first], self._logits[second])
+        interval = f"[{gain.low:+.1f}, {gain.high:+.1f}]"
+        if gain.low <= 0 <= gain.high:
+            return f"{first} and {second}: no difference that {gain.n} sentences can show ({gain.value:+.1f} points {interval})."
+        better, worse = (first, second) if gain.value > 0 else (second, first)
+        return f"{better} is {abs(gain.value):.1f} points better than {worse} ({gain.value:+.1f} {interval})."
+
+    # --- timing -----------------------------------------------------------------------------------------------------
+
+    def latency(self, result: Trial | nn.Module, batch: int, rounds: int | None = None) -> dict:
+        """`ratio`, the speed against the baseline measured in turns with it, and the model's median `ms`."""
+        model, within = trials.model_of(result)
+        with within(model):
+            found = self.race({"model": model}, batch, rounds or self.profile.latency_rounds, rest=0.0)
+        return {"ratio": found["model"], "ms": found.ms["model"]}
+
+    def race(self, models: dict[str, nn.Module], batch: int, rounds: int | None = None, rest: float = costs.REST) -> costs.Race:
+        """Speed of several models or engines, all of them and the baseline in one interleaved run."""
+        sizes = self.profile
+        rounds = rounds or 3 * sizes.latency_rounds
+        return costs.race(self.dense, models, batch, sizes.latency_seconds, rounds, sizes.latency_length, rest)
+
+    # --- rows -------------------------------------------------------------------------------------------------------
+
+    def put(
+        self, result: Trial | nn.Module, method: str, label: str, *, control_of: str | None = None, simulated: bool = False,
+        effect: dict | None = None, latency: dict[str, costs.Race] | None = None, **hyperparameters,
+    ) -> Row:  # fmt: skip
+        """Put a trial, a model or an engine on the board; returns its row.
+
+        `method` is the catalogue id (`control` for a control run, whose `control_of` names the id). `simulated` says that speed is
+        emulated: then none is claimed. `latency` holds races in which the model ran under this label (engines are timed so).
         Raises RowRefused.
         """
         report_progress(f"{method} {label}")
+        fields = self._measure(result, label, simulated, latency)
+        trained = result.phases if isinstance(result, Trial) else []
+        row = Row(
+            method=method, label=label, control_of=control_of, seed=getattr(result, "seed", self.seed), section=self._section,
+            hyperparameters={**hyperparameters, **describe_training(trained)}, simulated=simulated,
+            train_seconds=round(getattr(result, "seconds", 0.0), 2), track=self._track(control_of or method),
+            **{**fields, "effect": {**fields["effect"], **(effect or {})}},
+        )  # fmt: skip
+        self._refuse(row)
+        self.rows.append(row)
+        self._write_journal()
+        print(row.summary())
+        return row
+
+    def _measure(self, result: Trial | nn.Module, label: str, simulated: bool, latency: dict[str, costs.Race] | None) -> dict:
+        """All that is measured of a model, inside the context in which it runs."""
+        model, within = trials.model_of(result)
+        engine = hasattr(model, "stored")  # finished arithmetic around the baseline's weights: files of its own, no artifact
         with within(model):
-            logits = self.predict(model)
-        return self._keep({
-            **self._identity(method, label, hyperparameters, control_of, seed),
-            **self._quality(logits),
-            **costs.parameter_counts(model),
-            **self._store(model, encoded, within),
-            **self._forward_costs(model),
-            **self._latency(model, simulated),
-            "train_seconds": round(train_seconds, 2),
-            "simulated": simulated,
-            "effect": {**self._effect(model, logits), **(effect or {})},
-        })  # fmt: skip
-
-    def measure_engine(
-        self, engine: nn.Module, *, method: str, label: str, embedding_bytes: int, hyperparameters: dict | None = None,
-        control_of: str | None = None,
-    ) -> dict:  # fmt: skip
-        """Put a finished inference engine (`utils.quantization.integer.Engine`) on the board: real arithmetic, real speed.
-
-        It has no artifact of this suite: its bytes are those of its own files, `embedding_bytes` of them for the embeddings.
-        """
-        report_progress(f"{method} {label}")
-        logits = self.predict(engine)
-        return self._keep({
-            **self._identity(method, label, hyperparameters, control_of),
-            **self._quality(logits),
-            **costs.parameter_counts(self.baseline.model),
-            "stored_bytes": engine.nbytes, "stored_bytes_without_embeddings": engine.nbytes - embedding_bytes,
-            "macs": self.baseline_row["macs"], "macs_length": self.profile.latency_length, "peak_memory_bytes": None,
-            **self._latency(engine, simulated=False, rest=costs.REST),
-            "train_seconds": 0.0, "simulated": False,
-            "effect": {"engine": label, "same_weights": False,
-                       "largest_logit_difference": round(float((logits - self.baseline.logits).abs().max()), 6)},
-        })  # fmt: skip
-
-    def latency(self, model: nn.Module, batch: int, rounds: int | None = None, rest: float = 0.0) -> dict:
-        """Speed relative to the baseline, in turns with it (see `costs.latency_ratio`)."""
-        return costs.latency_ratio(self.baseline.model, model, batch, self.profile.latency_seconds,
-                                   rounds or self.profile.latency_rounds, self.profile.latency_length, rest)  # fmt: skip
-
-    def race(self, models: dict[str, nn.Module], batch: int, rounds: int | None = None) -> dict[str, metrics.Estimate]:
-        """Speed of several models relative to the baseline, all of them and the baseline in one interleaved run."""
-        baseline, *others = costs.interleaved_seconds([self.baseline.model, *models.values()], batch, self.profile.latency_seconds,
-                                                      rounds or 3 * self.profile.latency_rounds, self.profile.latency_length,
-                                                      costs.REST)  # fmt: skip
-        return {name: costs.speed_ratio(baseline, times) for name, times in zip(models, others, strict=True)}
+            logits = training.predict(model, self.task.validation, self.task.tokenizer.pad_token_id)
+            own = {**self._forward_costs(model, engine), **self._latency(model, label, simulated, latency)}
+        self._logits[label] = logits
+        stored = model.stored() if engine else self._store(model, getattr(result, "encoded", {}), within)
+        effect = (
+            {"same_weights": False, "largest_logit_difference": self._moved(logits)} if engine else self._effect(model, logits)
+        )
+        return {**self._quality(logits), **costs.parameter_counts(self.dense if engine else model), **stored, **own,
+                "against_control": self._against_control(result, logits), "effect": effect,
+                "part_kinds": sorted({part.kind for part in parts.find(model).values()})}  # fmt: skip
 
     def claim(self, id: str, statement: str, source: str, unit: str, evidence: list[Evidence]) -> Claim:
         """Judge a statement of a survey and keep the verdict."""
-        claim = judge(id, statement, source, unit, evidence, self.profile.name)
+        claim = judge(id, statement, source, unit, evidence, self.profile.name, self._section, self.machine)
         self.claims.append(claim)
+        self._write_journal()
         report_progress(f"claim {id}")
-        print(f"{id} · {claim.verdict.upper()} · {statement} ({source}; unit: {unit})")
-        for item in evidence:
-            print(f"    {item.what}: {item.effect} (n = {item.effect.n}), expected {item.expected} {item.threshold:g}")
+        print(claim.report())
         return claim
 
-    def summary(self, row: dict) -> str:
-        """One line for the reader, right after a method ran."""
-        drop = 100 * row["drop"]
-        speed = (
-            "simulated" if row["simulated"] else f"×{row['latency_ratio']['batch1']:.2f} / ×{row['latency_ratio']['batch32']:.2f}"
-        )
-        return (f"{row['method']} {row['label']}: accuracy {100 * row['accuracy']:.1f} % ({-drop:+.1f} points), "
-                f"{row['stored_bytes'] / 1e6:.1f} MB, speed {speed}, agrees with the baseline on {100 * row['label_loyalty']:.1f} %")  # fmt: skip
+    @functools.cached_property
+    def machine(self) -> str:
+        """The processor (or GPU) that the times of this run hold for."""
+        return results.machine_name(results.machine(self.device))
 
-    def table(self, methods: tuple[str, ...] | None = None) -> pandas.DataFrame:
-        """The rows (of some methods and their controls) as a table; bytes in MB, multiply-adds in millions per sentence."""
-        chosen = [r for r in self.rows if methods is None or {r["method"], r["control_of"]} & set(methods)]
-        return as_table([{"method": "-", "label": "baseline", **self.baseline_row}, *chosen])
+    def table(self, *methods: str) -> pandas.DataFrame:
+        """The rows (of some methods and their controls), rounded for reading."""
+        chosen = [row for row in self.rows if not methods or {row.method, row.control_of} & set(methods)]
+        return results.as_frame(chosen, self.baseline_row)
+
+    def verdicts(self) -> pandas.DataFrame:
+        """All claims so far, a line each."""
+        lines = [(claim.id, claim.verdict, claim.statement, claim.unit) for claim in self.claims]
+        return pandas.DataFrame(lines, columns=["claim", "verdict", "statement", "unit"]).set_index("claim")
 
     def close(self) -> Path:
-        """Write `results/<profile>/<chapter>.json` under $COMPANION_OUT (default: runs/) and return its path."""
+        """Write `results/<profile>/<chapter>.json` under $COMPANION_OUT (default: runs/) and return its path.
+
+        Raises CompanionError, after writing, where a method failed.
+        """
+        self._end_section()
         energy = self._energy.stop()
         for row in self.rows:
-            row["train_energy_kwh_estimate"] = round(row["train_seconds"] * energy["mean_watts_estimate"] / 3.6e6, 8)
+            row.train_energy_kwh_estimate = round(row.train_seconds * energy["mean_watts_estimate"] / 3.6e6, 8)
         content = {
-            "chapter": self.chapter,
-            "profile": self.profile.name,
-            "provenance": {**provenance(), "device": self._device_name(), "precision": str(profiles.compute_dtype(self.device)),
-                           "seeds": list(self.profile.seeds),
+            "chapter": self.chapter, "profile": self.profile.name,
+            "provenance": {**results.provenance(), "device": self.machine, "machine": results.machine(self.device),
+                           "precision": str(profiles.compute_dtype(self.device)), "seeds": list(self.seeds),
                            "parameters": {"MODEL": self.model_name, "DATASET": self.task.name, "SEED": self.seed,
                                           "DEVICE": self.device.type}, **energy},
-            "baseline": self.baseline_row,
-            "rows": self.rows,
-            "claims": [claim.as_dict() for claim in self.claims],
-            "wall_seconds": round(time.perf_counter() - self.started, 1),
+            "baseline": self.baseline_row.as_dict(), **self._content(),
+            "wall_seconds": round(sum(self.section_seconds.values()), 1),
         }  # fmt: skip
-        path = results_path(self.chapter, self.profile.name)
-        cache.write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        path = results.path(os.environ.get("COMPANION_NAME") or self.chapter, self.profile.name)
+        results.write(path, content)
         print(f"{len(self.rows)} rows and {len(self.claims)} claims in {content['wall_seconds']:.0f} s, "
               f"about {1e3 * energy['energy_kwh_estimate']:.1f} Wh (codecarbon's offline estimate)")  # fmt: skip
+        if self.failures:
+            raise CompanionError("methods that failed: " + "; ".join(f"{f['method']} ({f['error']})" for f in self.failures))
         return path
 
-    def _accuracy(self, logits: torch.Tensor) -> dict:
-        labels = self.task.validation.labels
-        right, drop = metrics.accuracy(logits, labels), metrics.paired_difference(self.baseline.logits, logits, labels)
-        return {"accuracy": round(right.value, 6), "accuracy_ci95": costs.as_row(right),
-                "drop": round(drop.value, 6), "drop_ci95": costs.as_row(drop)}  # fmt: skip
+    # --- the journal: rows on disk as they come ---------------------------------------------------------------------
 
-    def _identity(
-        self, method: str, label: str, hyperparameters: dict | None, control_of: str | None, seed: int | None = None
-    ) -> dict:
-        return {"method": method, "label": label, "hyperparameters": hyperparameters or {},
-                "seed": self.seed if seed is None else seed, "control_of": control_of}  # fmt: skip
+    def _content(self) -> dict:
+        return {"rows": [row.as_dict() for row in self.rows], "claims": [claim.as_dict() for claim in self.claims],
+                "failures": self.failures, "section_seconds": self.section_seconds}  # fmt: skip
 
-    def _keep(self, row: dict) -> dict:
-        self._refuse(row)
-        self.rows.append(row)
-        print(self.summary(row))
-        return row
+    def _write_journal(self) -> None:
+        journal = os.environ.get("COMPANION_JOURNAL")
+        if journal:
+            cache.write_atomically(Path(journal), json.dumps(self._content(), allow_nan=False) + "\n")
+
+    def _read_journal(self) -> None:
+        """After an interruption: take back what the finished sections had put on the board."""
+        journal, finished = os.environ.get("COMPANION_JOURNAL"), json.loads(os.environ.get("COMPANION_FINISHED") or "[]")
+        if not journal or not finished:
+            return
+        content = json.loads(Path(journal).read_text(encoding="utf-8"))
+        self.rows = [Row.from_dict(row) for row in content["rows"] if row["section"] in finished]
+        self.claims = [Claim.from_dict(claim) for claim in content["claims"] if claim["section"] in finished]
+        self.failures = [failure for failure in content["failures"] if failure["section"] in finished]
+        self.section_seconds = {name: s for name, s in content["section_seconds"].items() if name in finished}
+        for row in self.rows:
+            if row.latency_ratio and row.latency_of is None and row.structure:
+                self._timed[row.structure] = (row.label, {name: getattr(row, name) for name in TIMING})
+
+    # --- measuring --------------------------------------------------------------------------------------------------
+
+    def _measure_baseline(self) -> Row:
+        with tempfile.TemporaryDirectory() as folder:
+            stored = artifacts.save(self.dense, Path(folder) / "baseline.safetensors")
+        return Row(method="-", label=BASELINE, seed=self.seed, **self._quality(self.baseline.logits),
+                   **costs.parameter_counts(self.dense), **stored, **self._forward_costs(self.dense),
+                   train_seconds=round(self.baseline.train_seconds, 2), structure=costs.structure(self.dense),
+                   effect={"majority_accuracy": round(self.task.majority_accuracy(), 4)})  # fmt: skip
 
     def _quality(self, logits: torch.Tensor) -> dict:
-        teacher = self.baseline.logits
-        return {**self._accuracy(logits),
+        labels, teacher = self.task.validation.labels, self.baseline.logits
+        right, drop = metrics.accuracy(logits, labels), metrics.paired_difference(teacher, logits, labels)
+        return {"accuracy": round(right.value, 6), "accuracy_ci95": costs.as_row(right),
+                "drop": round(drop.value, 6), "drop_ci95": costs.as_row(drop),
                 "label_loyalty": round(metrics.label_loyalty(teacher, logits), 4),
                 "probability_loyalty": round(metrics.probability_loyalty(teacher, logits), 4)}  # fmt: skip
 
-    def _forward_costs(self, model: nn.Module) -> dict:
-        return {"macs": costs.macs(model, self.profile.latency_length), "macs_length": self.profile.latency_length,
-                "peak_memory_bytes": costs.peak_memory(model, max(costs.LATENCY_BATCHES), self.profile.latency_length)}  # fmt: skip
+    def _against_control(self, result: Trial | nn.Module, logits: torch.Tensor) -> dict | None:
+        """Accuracy minus that of the dense model after the same training, paired; None where nothing was trained."""
+        phases = trials.same_training(result)
+        if not phases:
+            return None
+        control = dense_control(self.baseline, phases, self.task, self.profile, result.seed)
+        if torch.equal(control, logits):  # this is that control
+            return None
+        found = metrics.paired_difference(logits, control, self.task.validation.labels)
+        training_text = ", then ".join(f"{steps} steps at {rate:g}" for steps, rate, _ in phases)
+        return {"control": f"dense, {training_text}", "difference": round(found.value, 6), "ci95": costs.as_row(found)}
 
-    def _latency(self, model: nn.Module, simulated: bool, rest: float = 0.0) -> dict:
+    def _forward_costs(self, model: nn.Module, engine: bool = False) -> dict:
+        length = self.profile.latency_length
+        if engine:
+            return {"macs": self.baseline_row.macs, "macs_length": length, "peak_memory_bytes": None}
+        return {"macs": costs.macs(model, length), "macs_length": length,
+                "peak_memory_bytes": costs.peak_memory(model, max(costs.LATENCY_BATCHES), length)}  # fmt: skip
+
+    def _latency(self, model: nn.Module, label: str, simulated: bool, races: dict[str, costs.Race] | None) -> dict:
+        """Speed at both batch sizes, measured once per structure: weights of other values take no other time."""
         if simulated:
-            return {"latency_ratio": None, "latency_ms": None}
-        found = {f"batch{batch}": self.latency(model, batch, rest=rest) for batch in costs.LATENCY_BATCHES}
-        return {"latency_ratio": {name: round(value["ratio"].value, 3) for name, value in found.items()},
-                "latency_ratio_interval": {name: costs.as_row(value["ratio"], 3) for name, value in found.items()},
-                "latency_ms": {name: round(value["model_ms"], 3) for name, value in found.items()}}  # fmt: skip
+            return {}
+        structure = costs.structure(model)
+        if races is None and structure in self._timed:
+            of, timing = self._timed[structure]
+            return {"structure": structure, "latency_of": of, **timing}
+        found = races or {f"batch{batch}": self.race({label: model}, batch, self.profile.latency_rounds, 0.0)
+                          for batch in costs.LATENCY_BATCHES}  # fmt: skip
+        fields = {"latency_ratio": {name: round(race[label].value, 3) for name, race in found.items()},
+                  "latency_ratio_interval": {name: costs.as_row(race[label], 3) for name, race in found.items()},
+                  "latency_ms": {name: round(race.ms[label], 3) for name, race in found.items()}}  # fmt: skip
+        if races is None:
+            self._timed[structure] = (label, fields)
+        return {"structure": structure, **fields}
 
-    def _store(self, model: nn.Module, encoded: dict[str, Encoded] | None, within: Within) -> dict:
+    def _store(self, model: nn.Module, encoded: dict[str, Encoded], within: Within) -> dict:
         """Save, reload into a fresh model, and compare: the size that counts is that of a file that works."""
-        probe = tasks.collate(
-            self.task.validation, np.arange(min(16, len(self.task.validation))), self.task.tokenizer.pad_token_id
-        )
-        inputs = {name: probe[name].to(self.device) for name in ("input_ids", "attention_mask")}
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.safetensors"
+        with tempfile.TemporaryDirectory() as scratch:
+            kept = os.environ.get("COMPANION_ARTIFACTS")  # the contract tests keep the files of a run, and load them elsewhere
+            path = Path(kept or scratch) / f"{self.chapter}-{len(self.rows):03d}.safetensors"
             stored = artifacts.save(model, path, encoded)
             reloaded = artifacts.load(path).to(self.device)
+            if kept:
+                contract.write(path, model, self.profile.latency_length)
+        rows = np.arange(min(16, len(self.task.validation)))
+        inputs = training.to_device(tasks.collate(self.task.validation, rows, self.task.tokenizer.pad_token_id), self.device)
         found = []
         for candidate in (model.eval(), reloaded):
             with within(candidate), torch.inference_mode():
-                found.append(candidate(**inputs).logits)
+                found.append(candidate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits)
         difference = (found[0] - found[1]).abs().max().item()
         if not difference <= RELOAD_TOLERANCE:
             raise RowRefused(f"the reloaded artifact disagrees with the measured model: logits differ by {difference:.3g} "
@@ -304,27 +436,34 @@ class Board:
         return stored
 
     def _effect(self, model: nn.Module, logits: torch.Tensor) -> dict:
-        before, after = self.baseline.model.state_dict(), model.state_dict()
+        before, after = self.dense.state_dict(), model.state_dict()
         same_shape = [name for name in after if name in before and after[name].shape == before[name].shape]
         touched = sum(int((after[name] != before[name]).sum()) for name in same_shape)
         return {"weights_touched": touched, "tensors_reshaped": len(after) - len(same_shape),
                 "tensors_removed": len(before.keys() - after.keys()),
                 "same_weights": touched == 0 and before.keys() == after.keys() and len(same_shape) == len(after),
-                "largest_logit_difference": round(float((logits - self.baseline.logits).abs().max()), 6)}  # fmt: skip
+                "largest_logit_difference": self._moved(logits)}  # fmt: skip
 
-    def _refuse(self, row: dict) -> None:
-        effect = row["effect"]
-        if effect["same_weights"] and effect["largest_logit_difference"] == 0:
-            raise RowRefused(f"{row['method']} {row['label']} changed nothing: all {row['parameters']:,} weights equal the baseline's, "
+    def _moved(self, logits: torch.Tensor) -> float:
+        return round(float((logits - self.baseline.logits).abs().max()), 6)
+
+    def _track(self, method: str) -> str:
+        return catalogue.tracks(self.chapter).get(method, "core")
+
+    def _refuse(self, row: Row) -> None:
+        if row.effect["same_weights"] and row.effect["largest_logit_difference"] == 0:
+            raise RowRefused(f"{row.method} {row.label} changed nothing: all {row.parameters:,} weights equal the baseline's, "
                              f"and so do its logits on {len(self.task.validation)} validation texts")  # fmt: skip
-        bad = [name for name, value in flatten(row).items() if isinstance(value, float) and not math.isfinite(value)]
+        bad = [name for name, value in flatten(row.as_dict()).items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
-            raise RowRefused(f"{row['method']} {row['label']} has numbers that are not finite: {', '.join(bad)}")
+            raise RowRefused(f"{row.method} {row.label} has numbers that are not finite: {', '.join(bad)}")
 
-    def _device_name(self) -> str:
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"{torch.cpu.get_capabilities().get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
+
+def describe_training(phases: list[trials.Phase]) -> dict:
+    """Steps and learning rates of a trial's training, for a row's hyperparameters."""
+    rates = list(dict.fromkeys(rate for steps, rate, _ in phases if steps))
+    learned = {"learning_rate": rates[0] if len(rates) == 1 else rates} if rates else {}
+    return {"steps": sum(steps for steps, _, _ in phases), **learned}
 
 
 def percent_right(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -338,37 +477,6 @@ def flatten(content: dict, prefix: str = "") -> dict:
     for name, value in content.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
-
-
-def as_table(rows: list[dict]) -> pandas.DataFrame:
-    """Rows of a board or of a results file as a table with the columns of `TABLE`."""
-    frame = pandas.DataFrame([{**row, **(row.get("latency_ratio") or {})} for row in rows]).reindex(columns=list(TABLE))
-    frame["stored_bytes"] = (frame["stored_bytes"] / 1e6).round(2)
-    frame["macs"] = (frame["macs"] / 1e6).round(1)
-    frame[["accuracy", "drop"]] = frame[["accuracy", "drop"]].round(4)
-    frame["drop"] = frame["drop"].fillna(0)
-    return frame.rename(columns=TABLE).set_index("method").astype(object).where(lambda f: f.notna(), "")
-
-
-def results_path(chapter: str, profile: str) -> Path:
-    """Where a chapter's results file goes."""
-    return Path(os.environ.get("COMPANION_OUT") or ROOT / "runs") / "results" / profile / f"{chapter}.json"
-
-
-def provenance() -> dict:
-    """What a reader needs to trust or repeat a number: commit, versions, machine, threads."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    return {
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "uncommitted_code": bool(git("status", "--porcelain", "--", "utils", "lessons")),
-        "versions": {"python": platform.python_version(), **{package: metadata.version(package) for package in PACKAGES}},
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
 
 
 def report_progress(what: str) -> None:

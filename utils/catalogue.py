@@ -6,7 +6,9 @@ the table cannot claim what is not there.
 
 import ast
 import csv
+import functools
 import importlib
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -82,6 +84,20 @@ def find_sections() -> dict[str, str]:
         for line in lesson_path(chapter).read_text(encoding="utf-8").splitlines():
             if line.startswith("##") and ID.search(line):
                 found |= {id: f"{chapter}: {line.lstrip('# ')}" for id in ID.findall(line)}
+    return found
+
+
+@functools.cache
+def tracks(chapter: str) -> dict[str, str]:
+    """The track (`core` or `extra`) of every method id that a heading of the lesson names; see the marker in `utils.notebooks`."""
+    found, section, current = {}, "core", "core"
+    for line, following in itertools.pairwise([*lesson_path(chapter).read_text(encoding="utf-8").splitlines(), ""]):
+        if line.startswith(("## ", "### ")):
+            marked = re.fullmatch(r"<!-- (core|extra) -->", following.strip())
+            inherited = "core" if line.startswith("## ") else section
+            current = marked[1] if marked else inherited
+            section = current if line.startswith("## ") else section
+            found |= dict.fromkeys(ID.findall(line), current)
     return found
 
 

@@ -6,6 +6,7 @@ interval that straddles the threshold leaves the claim `inconclusive`.
 """
 
 import math
+import textwrap
 from dataclasses import asdict, dataclass
 
 from utils.metrics import Estimate
@@ -34,10 +35,20 @@ class Evidence:
             return "inconclusive"
         return "supported" if low > 0 else "contradicted" if high < 0 else "inconclusive"
 
+    def report(self) -> str:
+        """Effect, interval and expectation; a measured effect also says how small a difference its interval can show."""
+        visible = (self.effect.high - self.effect.low) / 2
+        power = f", shows differences from {visible:.2g}" if math.isfinite(visible) and visible > 0 else ""
+        text = f"{self.what}: {self.effect} (n = {self.effect.n}{power}); expected {self.expected} {self.threshold:g}: {self.verdict()}"
+        return "\n      ".join(textwrap.wrap(text, 110))
+
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement, where it comes from, the unit of repetition, and the evidence for and against it."""
+    """A statement, where it comes from, the unit of repetition, and the evidence for and against it.
+
+    `machine` names the processor behind a claim about time, whose verdict holds for that machine alone.
+    """
 
     id: str
     statement: str
@@ -45,6 +56,8 @@ class Claim:
     unit: str
     evidence: list[Evidence]
     verdict: str
+    section: str = ""
+    machine: str | None = None
 
     def as_dict(self) -> dict:
         """JSON form; an infinite bound becomes null."""
@@ -55,12 +68,39 @@ class Claim:
             item["verdict"] = evidence.verdict()
         return content
 
+    @classmethod
+    def from_dict(cls, content: dict) -> "Claim":
+        """The inverse of `as_dict`: evidence read back, so that its verdict can be judged again."""
+        evidence = []
+        for item in content["evidence"]:
+            effect = dict(item["effect"])
+            low, high = effect.pop("low"), effect.pop("high")
+            estimate = Estimate(low=-math.inf if low is None else low, high=math.inf if high is None else high, **effect)
+            evidence.append(Evidence(item["what"], estimate, item["expected"], item["threshold"]))
+        return cls(**{**content, "evidence": evidence})
 
-def judge(id: str, statement: str, source: str, unit: str, evidence: list[Evidence], profile: str) -> Claim:
+    def report(self) -> str:
+        """The verdict with every effect, its interval and the smallest difference that it could have shown, a line each."""
+        where = f" · on {self.machine}" if self.machine else ""
+        lines = [f"{self.id} · {self.verdict.upper()}{where} · unit: {self.unit}", *textwrap.wrap(f"“{self.statement}”", 110),
+                 f"({self.source})"]  # fmt: skip
+        return "\n".join([*lines, *(f"  - {item.report()}" for item in self.evidence)])
+
+
+def judge(
+    id: str,
+    statement: str,
+    source: str,
+    unit: str,
+    evidence: list[Evidence],
+    profile: str,
+    section: str = "",
+    machine: str | None = None,
+) -> Claim:
     """Weigh the evidence: all supported makes `supported`, any contradicted makes `contradicted`, else `inconclusive`.
 
     In the `smoke` profile nothing is judged; a claim over fewer than three seeds stays `inconclusive`. Raises ValueError for
-    an unknown unit or a claim without evidence.
+    an unknown unit or a claim without evidence. The `machine` is kept where the unit is the round of a timing.
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
@@ -75,7 +115,7 @@ def judge(id: str, statement: str, source: str, unit: str, evidence: list[Eviden
         verdict = "contradicted"
     else:
         verdict = "supported" if set(verdicts) == {"supported"} else "inconclusive"
-    return Claim(id, statement, source, unit, evidence, verdict)
+    return Claim(id, statement, source, unit, evidence, verdict, section, machine if unit == "round" else None)
 
 
 def exact(value: float) -> Estimate:

@@ -1,34 +1,56 @@
 """What a model costs: parameters, multiply-adds, milliseconds, bytes of memory, energy.
 
 Multiply-adds are counted in closed form, because counters cannot be trusted here: on the CPU `FlopCounterMode` sees no
-attention at all (`measured_macs` mends that and serves as the check). One multiply-add is two FLOPs.
+attention at all (`measured_macs` mends that and serves as the check). A part (`utils.parts`) counts itself; everything else is
+a linear layer, an attention core, or free. One multiply-add is two FLOPs.
 """
 
 import contextlib
+import hashlib
 import logging
+import os
+import re
 import threading
 import time
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers.models.bert.modeling_bert import BertSelfAttention
 
+from utils import bert
 from utils.metrics import Estimate, median_interval
+from utils.parts import Part, attention_macs
 from utils.training import steady_memory
 
 LATENCY_BATCHES = (1, 32)
 REST = 0.06  # seconds; workers of ONNX Runtime wait busily for 40 ms after their work and hold a core against whoever is next
-COMPONENTS = ("embeddings", "qkv", "attention_core", "attention_output", "ffn", "norms", "head")
+COMPONENTS = ("embeddings", "qkv", "attention_core", "attention_output", "ffn", "norms", "head", "other")
+PLACES = (  # the first pattern found in a path gives its component; `head` is pooler + classifier, `norms` the encoder's
+    (r"(^|\.)embeddings(\.|$)", "embeddings"),
+    (r"^bert\.pooler|^classifier|^hidden\.", "head"),
+    (r"LayerNorm", "norms"),
+    (r"attention\.self\.(query|key|value)", "qkv"),
+    (r"attention\.self$", "attention_core"),
+    (r"attention\.output\.dense", "attention_output"),
+    (r"\d+\.(intermediate|output\.dense)", "ffn"),
+)
+
+
+def component(path: str) -> str:
+    """The component (`COMPONENTS`) that a module or parameter belongs to, by its path."""
+    return next((name for pattern, name in PLACES if re.search(pattern, path)), "other")
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Parameters in all, non-zero, and without the embedding block (tied parameters count once)."""
     parameters = list(model.parameters())
-    embeddings = sum(p.numel() for p in model.bert.embeddings.parameters())
+    embeddings = sum(p.numel() for p in bert.embeddings(model).parameters())
     total = sum(p.numel() for p in parameters)
     return {
         "parameters": total,
@@ -38,61 +60,72 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
 
 def macs(model: nn.Module, length: int, batch: int = 1) -> int:
-    """Multiply-adds of one forward pass over `batch` sequences of `length` tokens, from the shapes of the modules."""
+    """Multiply-adds of one forward pass over `batch` sequences of `length` tokens."""
     return batch * sum(macs_by_component(model, length).values())
 
 
 def macs_by_component(model: nn.Module, length: int) -> dict[str, int]:
     """Multiply-adds of one sequence per component (`COMPONENTS`). Look-ups and normalisation multiply no matrices.
 
-    A linear layer costs out * in per token; attention costs two products of length * length * (heads * head size).
+    A linear layer costs out * in per token, pooler and classifier see one token, attention has its own form
+    (`parts.attention_macs`), and a part is asked. Layers that share weights cost as often as they are passed.
     """
     count = dict.fromkeys(COMPONENTS, 0)
-    for layer in model.bert.encoder.layer:
-        attention = layer.attention.self
-        for projection in (attention.query, attention.key, attention.value):
-            count["qkv"] += length * _linear_macs(projection)
-        count["attention_core"] += 2 * length * length * attention.all_head_size
-        count["attention_output"] += length * _linear_macs(layer.attention.output.dense)
-        count["ffn"] += length * (_linear_macs(layer.intermediate.dense) + _linear_macs(layer.output.dense))
-    count["head"] = _linear_macs(model.bert.pooler) + _linear_macs(model.classifier)
+    for path, module in counted_modules(model):
+        where = component(path)
+        tokens = 1 if where == "head" else length
+        if isinstance(module, Part):
+            count[where] += module.macs(tokens)
+        elif isinstance(module, nn.Linear):
+            count[where] += tokens * module.in_features * module.out_features
+        else:
+            name = module.config._attn_implementation
+            count[where] += attention_macs(name, length, module.num_attention_heads, module.attention_head_size)
     return count
+
+
+def counted_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The parts, linear layers and attention cores of a model, as often as a pass visits them; a part's inside is its own."""
+    if isinstance(module, Part | nn.Linear | BertSelfAttention):
+        yield path, module
+    if not isinstance(module, Part | nn.Linear):
+        for name, child in module._modules.items():  # named_children() would skip a shared layer's second visit
+            if child is not None:
+                yield from counted_modules(child, f"{path}.{name}" if path else name)
 
 
 def parameters_by_component(model: nn.Module) -> dict[str, int]:
-    """Parameters (biases included) per component; `norms` are the encoder's LayerNorms, `head` is pooler + classifier."""
+    """Parameters (biases included) per component; tied ones count where they stand first."""
     count = dict.fromkeys(COMPONENTS, 0)
-
-    def size(*modules: nn.Module) -> int:
-        return sum(p.numel() for module in modules for p in module.parameters())
-
-    count["embeddings"] = size(model.bert.embeddings)
-    count["head"] = size(model.bert.pooler, model.classifier)
-    for layer in model.bert.encoder.layer:
-        attention = layer.attention
-        count["qkv"] += size(attention.self.query, attention.self.key, attention.self.value)
-        count["attention_output"] += size(attention.output.dense)
-        count["ffn"] += size(layer.intermediate.dense, layer.output.dense)
-        count["norms"] += size(attention.output.LayerNorm, layer.output.LayerNorm)
+    for name, parameter in model.named_parameters():
+        count[component(name)] += parameter.numel()
     return count
 
 
-def _linear_macs(module: nn.Module) -> int:
-    """Weights of all linear layers inside: each is used once per token. Factorised layers count their factors."""
-    return sum(linear.weight.numel() for linear in module.modules() if isinstance(linear, nn.Linear))
+def structure(model: nn.Module) -> str:
+    """A short name for what decides how fast a model is: classes, shapes, types and attention, but no value of any weight."""
+    digest = hashlib.sha256(str(getattr(model.config, "_attn_implementation", None)).encode())
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = sorted((name, tuple(t.shape), str(t.dtype)) for name, t in (*module._parameters.items(), *module._buffers.items())
+                     if t is not None)  # fmt: skip
+        digest.update(f"{path} {type(module).__name__} {own}".encode())
+    return digest.hexdigest()[:12]
 
 
 def measured_macs(model: nn.Module, length: int, batch: int = 1) -> int:
-    """Multiply-adds as PyTorch's counter sees them, with the CPU attention kernel it forgets put back in."""
+    """Multiply-adds as PyTorch's counter sees them, with the two CPU kernels put back in that it forgets: attention and LSTM."""
     device = next(model.parameters()).device
-    flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
     def attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
         return sdpa_flop_count(query, key, value)
 
-    counter = FlopCounterMode(display=False, custom_mapping={flash_cpu: attention_flops})
-    with torch.inference_mode(), counter:
-        model(**example_inputs(model, batch, length, device))
+    forgotten = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=forgotten)
+    # oneDNN's LSTM is one opaque kernel; without it the same layer is a loop of matrix products that can be counted.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # switching oneDNN off also touches a setting for Intel GPUs, which warns
+        with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=False), counter:
+            model(**example_inputs(model, batch, length, device))
     return counter.get_total_flops() // 2
 
 
@@ -113,19 +146,44 @@ def timer(model: Callable, inputs: dict) -> benchmark.Timer:
     return benchmark.Timer("forward()", globals={"forward": forward}, num_threads=torch.get_num_threads())
 
 
-def latency_ratio(
-    baseline: nn.Module, model: nn.Module, batch: int, seconds: float, rounds: int, length: int = 32, rest: float = 0.0
-) -> dict:
-    """Baseline time over model time (above 1: faster), both measured in turns (see `interleaved_seconds`).
+class Race(Mapping):
+    """Several models timed in one interleaved run, the baseline among them: name -> speed against the baseline (above 1: faster).
 
-    Returns `ratio` (an Estimate over rounds) and the median milliseconds of each.
+    `rounds` holds the seconds of a pass, a list over rounds per name; `ms` the median milliseconds.
     """
-    times = interleaved_seconds([baseline, model], batch, seconds, rounds, length, rest)
-    return {
-        "ratio": speed_ratio(*times),
-        "baseline_ms": 1e3 * float(np.median(times[0])),
-        "model_ms": 1e3 * float(np.median(times[1])),
-    }
+
+    BASELINE = "baseline"
+
+    def __init__(self, rounds: dict[str, list[float]], batch: int):
+        self.rounds, self.batch = rounds, batch
+        self.ms = {name: 1e3 * float(np.median(seconds)) for name, seconds in rounds.items()}
+
+    def ratio(self, name: str, over: str = BASELINE) -> Estimate:
+        """Time of `over` over the time of `name`, round by round: the median and its interval."""
+        return speed_ratio(self.rounds[over], self.rounds[name])
+
+    def __getitem__(self, name: str) -> Estimate:
+        return self.ratio(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(name for name in self.rounds if name != self.BASELINE)
+
+    def __len__(self) -> int:
+        return len(self.rounds) - 1
+
+
+def race(
+    baseline: nn.Module,
+    models: dict[str, nn.Module],
+    batch: int,
+    seconds: float,
+    rounds: int,
+    length: int = 32,
+    rest: float = 0.0,
+) -> Race:
+    """Time all models and the baseline in turns (see `interleaved_seconds`)."""
+    times = interleaved_seconds([baseline, *models.values()], batch, seconds, rounds, length, rest)
+    return Race(dict(zip((Race.BASELINE, *models), times, strict=True)), batch)
 
 
 def speed_ratio(baseline_seconds: list[float], model_seconds: list[float]) -> Estimate:
@@ -154,52 +212,48 @@ def interleaved_seconds(
 
 
 def component_seconds(model: nn.Module, inputs: dict, repeats: int = 12) -> dict[str, list[float]]:
-    """Seconds per component of one forward pass, one value per repeat, from hooks around the modules.
+    """Seconds per component of one forward pass of a BERT, one value per repeat, from hooks around the modules.
 
-    The attention core has no module: it is what the self-attention module takes beyond its three projections.
+    The attention core has no module: it is what the self-attention module takes beyond its three projections. Two passes warm up.
     """
+    spent: dict[str, float] = defaultdict(float)
+    handles = [handle for path, module in model.named_modules() if component(path) != "other" and is_timed(path)
+               for handle in stopwatch(module, component(path), spent)]  # fmt: skip
     spans: dict[str, list[float]] = defaultdict(list)
-    handles = []
-    cuda = next(model.parameters()).is_cuda
+    try:
+        with torch.inference_mode(), steady_memory():
+            for repeat in range(repeats + 2):
+                spent.clear()
+                model(**inputs)
+                spent["attention_core"] -= spent["qkv"]
+                for name in COMPONENTS if repeat >= 2 else ():
+                    spans[name].append(spent[name])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict(spans)
+
+
+def is_timed(path: str) -> bool:
+    """Whether a module's time is its component's: the outermost module of each component, not what lies inside it."""
+    parent = path.rpartition(".")[0]
+    return component(parent) != component(path) or component(path) == "norms"
+
+
+def stopwatch(module: nn.Module, name: str, spent: dict[str, float]) -> tuple:
+    """Hooks that add the seconds of each pass through a module to `spent[name]`; returns their handles."""
+    started: list[float] = []
+    cuda = next(module.parameters()).is_cuda
 
     def now() -> float:
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def watch(module: nn.Module, component: str) -> None:
-        started: list[float] = []
-        handles.append(module.register_forward_pre_hook(lambda *_: started.append(now())))
-        handles.append(
-            module.register_forward_hook(lambda *_: current.__setitem__(component, current[component] + now() - started.pop()))
-        )
+    def stop(*_) -> None:
+        spent[name] += now() - started.pop()
 
-    watch(model.bert.embeddings, "embeddings")
-    watch(model.bert.pooler, "head")
-    watch(model.classifier, "head")
-    for layer in model.bert.encoder.layer:
-        attention = layer.attention
-        watch(attention.self, "attention_core")
-        for projection in (attention.self.query, attention.self.key, attention.self.value):
-            watch(projection, "qkv")
-        watch(attention.output.dense, "attention_output")
-        watch(attention.output.LayerNorm, "norms")
-        watch(layer.intermediate, "ffn")
-        watch(layer.output.dense, "ffn")
-        watch(layer.output.LayerNorm, "norms")
-    try:
-        with torch.inference_mode(), steady_memory():
-            for repeat in range(repeats + 2):
-                current: dict[str, float] = defaultdict(float)
-                model(**inputs)
-                current["attention_core"] -= current["qkv"]
-                if repeat >= 2:  # two passes warm up
-                    for component in COMPONENTS:
-                        spans[component].append(current[component])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return dict(spans)
+    return module.register_forward_pre_hook(lambda *_: started.append(now())), module.register_forward_hook(stop)
 
 
 def peak_memory(model: nn.Module, batch: int = 32, length: int = 32) -> int:
@@ -232,8 +286,6 @@ def _unique_storages(model: nn.Module) -> list[torch.Tensor]:
 @contextlib.contextmanager
 def _quiet_profiler() -> Iterator[None]:
     """The profiler logs two lines to stderr on each use; learners should not see them."""
-    import os
-
     saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 2)
     try:

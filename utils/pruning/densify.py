@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from utils.bert import ENCODER
-from utils.pruning.hessian import linear_matrices, output_gradients
+from utils.bert import ENCODER, dense_weight, linear_matrices
+from utils.pruning.hessian import output_gradients
 from utils.pruning.iterative import percentile
 from utils.pruning.magnitude import magnitude_masks
-from utils.pruning.masks import Masks, Scores, check_sparsity, dense_weight, held_masks, hold_masks, lowest, release_masks
+from utils.pruning.masks import Masks, Scores, check_sparsity, held_masks, hold_masks, lowest, release_masks
 from utils.training import AfterStep, check_batches
 
 Train = Callable[[nn.Module], None]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from utils import bert
-from utils.pruning.surgery import remove_ffn, remove_heads
+from utils.structure import remove_ffn, remove_heads
 from utils.training import Loss, check_batches, cross_entropy
 
 Evaluate = Callable[[nn.Module], float]

@@ -4,42 +4,17 @@ Near a minimum the gradient vanishes, and the loss changes by 0.5 * dw^T H dw. O
 and asks which weight may go; Optimal Brain Surgeon keeps all of H and also asks how the other weights should make up for it.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from utils import bert
-from utils.bert import ENCODER, HEAD_GROUPS, Matrix, matrices
-from utils.pruning.masks import Masks, Scores, check_sparsity, dense_weight, lowest, masks_from_scores
+from utils.bert import ENCODER, dense_weight, linear_matrices, matrices, watch
+from utils.pruning.masks import Masks, Scores, check_sparsity, lowest, masks_from_scores
 from utils.training import check_batches, cross_entropy
 
 Diagonal = Callable[[nn.Module, list[dict], tuple[str, ...]], Scores]
-
-
-def linear_matrices(model: nn.Module, groups: tuple[str, ...]) -> list[Matrix]:
-    """The matrices of linear layers. Raises ValueError for embedding groups, whose input is no vector."""
-    found = matrices(model, groups)
-    others = sorted({m.group for m in found if not isinstance(m.module, nn.Linear)})
-    if others:
-        raise ValueError(f"groups {others} are not linear layers: choose from {', '.join((*ENCODER, *HEAD_GROUPS))}")
-    return found
-
-
-@contextlib.contextmanager
-def watch(model: nn.Module, groups: tuple[str, ...], visit: Callable) -> Iterator[None]:
-    """Call `visit(name, x, y)` whenever a linear layer turns x into y. The model is in evaluation mode inside the block."""
-    training = model.training
-    model.eval()
-    handles = [m.module.register_forward_hook(lambda module, args, y, name=m.name: visit(name, args[0].detach(), y))
-               for m in linear_matrices(model, groups)]  # fmt: skip
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(training)
 
 
 def output_gradients(model: nn.Module, batch: dict, groups: tuple[str, ...]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

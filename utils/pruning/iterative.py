@@ -10,13 +10,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from utils.bert import ENCODER, matrices
+from utils.bert import ENCODER, dense_weight, matrices
 from utils.pruning.masks import (
     Masks,
     Scores,
     apply_masks,
     check_sparsity,
-    dense_weight,
     held_masks,
     hold_masks,
     lowest,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from utils.pruning.surgery import check_layers
+from utils.structure import check_layers
 from utils.training import Loss, check_batches, cross_entropy
 
 Evaluate = Callable[[nn.Module], float]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from utils.bert import ENCODER, Matrix, matrices
+from utils.bert import ENCODER, matrices
 
 Masks = dict[str, torch.Tensor]
 Scores = dict[str, torch.Tensor]
@@ -89,12 +89,6 @@ def held_masks(model: nn.Module) -> Masks:
     """The masks that the model holds now."""
     return {f"{name}.weight": module.parametrizations.weight[0].mask.bool() for name, module in model.named_modules()
             if parametrize.is_parametrized(module, "weight")}  # fmt: skip
-
-
-def dense_weight(matrix: Matrix) -> torch.Tensor:
-    """The trainable weight under the mask (the weight itself where none is held)."""
-    module = matrix.module
-    return module.parametrizations.weight.original if parametrize.is_parametrized(module, "weight") else module.weight
 
 
 def zero_masks(model: nn.Module, groups: tuple[str, ...] = ENCODER) -> Masks:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from utils.pruning.masks import masks_from_scores
-from utils.pruning.surgery import Keep, remove_neurons
+from utils.structure import Keep, remove_neurons
 from utils.training import AfterStep, check_batches
 
 NeuronScores = dict[int, torch.Tensor]

@@ -14,9 +14,8 @@ from torch import nn
 from torch.nn.functional import linear, pad
 from torch.nn.utils import parametrize
 
-from utils.artifacts import Encoded, codebook, dense, uniform
-from utils.bert import ENCODER
-from utils.pruning.hessian import linear_matrices
+from utils.bert import ENCODER, linear_matrices
+from utils.encodings import Encoded, codebook, dense, uniform
 from utils.quantization.quantizer import Quantizer, ascending, check_weight
 
 TINY = torch.finfo(torch.float32).tiny

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from utils import artifacts
-from utils.artifacts import Encoded, pack_bits, unpack_bits
+from utils import encodings
+from utils.encodings import Encoded, decode_bits, look_up, paste_columns
 from utils.quantization.quantizer import Quantizer, ascending, check_bits, check_weight
 
 CHUNK = 2**24  # distances held at a time
@@ -122,7 +122,7 @@ class StaticKMeans(Quantizer):
 
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Packed indices and the codebook."""
-        return artifacts.codebook(nearest(weight, self.centroids), self.centroids.unsqueeze(1), weight.shape, self.bits)
+        return encodings.codebook(nearest(weight, self.centroids), self.centroids.unsqueeze(1), weight.shape, self.bits)
 
 
 class SharedWeights(torch.autograd.Function):
@@ -166,7 +166,7 @@ class TrainedKMeans(Quantizer):
 
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Packed indices and the codebook."""
-        return artifacts.codebook(self.index, self.centroids.detach().unsqueeze(1), weight.shape, self.bits)
+        return encodings.codebook(self.index, self.centroids.detach().unsqueeze(1), weight.shape, self.bits)
 
     def counts(self) -> list[int]:
         """How often each index occurs: what Huffman coding needs."""
@@ -239,19 +239,9 @@ def kmeans_vectors(points: torch.Tensor, k: int, iterations: int = 15, seed: int
     return centroids
 
 
-def look_up(centroids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The vectors (sets, points, d) that the indices (sets, points) name."""
-    return centroids.gather(1, index.unsqueeze(-1).expand(-1, -1, centroids.shape[-1]))
-
-
 def cut_columns(weight: torch.Tensor, s: int) -> torch.Tensor:
     """W (m, n) as s sets of m sub-rows, (s, m, n / s)."""
     return weight.unflatten(1, (s, -1)).transpose(0, 1).contiguous()
-
-
-def paste_columns(points: torch.Tensor) -> torch.Tensor:
-    """The inverse of `cut_columns`."""
-    return points.transpose(0, 1).flatten(1)
 
 
 class ProductQuantizer(Quantizer):
@@ -288,15 +278,7 @@ class ProductQuantizer(Quantizer):
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Packed indices (s, points) and s codebooks."""
         index = nearest_vector(self.points(weight), self.centroids)
-        parts = {"codes": pack_bits(index, self.bits), "centroids": self.centroids}
-        return Encoded("product", tuple(weight.shape), parts, {"bits": self.bits, "axis": self.axis})
-
-
-def _decode_product(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
-    s, points = len(parts["centroids"]), shape[0 if meta["axis"] == "columns" else 1]
-    index = unpack_bits(parts["codes"], meta["bits"], s * points).view(s, points).long()
-    w = paste_columns(look_up(parts["centroids"], index))
-    return w if meta["axis"] == "columns" else w.T.contiguous()
+        return encodings.product(index, self.centroids, weight.shape, self.bits, self.axis)
 
 
 def product_rate(m: int, n: int, s: int, k: int) -> float:
@@ -351,15 +333,7 @@ class ResidualQuantizer(Quantizer):
 
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Packed indices (t, points) and t codebooks."""
-        parts = {"codes": pack_bits(self.indices(weight), self.bits), "centroids": self.centroids}
-        return Encoded("residual", tuple(weight.shape), parts, {"bits": self.bits})
-
-
-def _decode_residual(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
-    t, _, length = parts["centroids"].shape
-    points = math.prod(shape) // length
-    index = unpack_bits(parts["codes"], meta["bits"], t * points).view(t, points).long()
-    return look_up(parts["centroids"], index).sum(0).view(shape)
+        return encodings.residual(self.indices(weight), self.centroids, weight.shape, self.bits)
 
 
 # --- multi-bit binary codes: w (rows, n), alpha (rows, k), B (rows, k, n) of -1 and 1 -------------------------------
@@ -368,11 +342,6 @@ def _decode_residual(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
 def signs(w: torch.Tensor) -> torch.Tensor:
     """-1 for a negative value, else 1."""
     return torch.where(w < 0, -1.0, 1.0).to(w)
-
-
-def decode_bits(alpha: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """w = sum_i alpha_i b_i, row by row, (rows, n)."""
-    return (alpha.unsqueeze(-1) * B).sum(1)
 
 
 def least_squares(w: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -451,14 +420,4 @@ class MultiBitQuantizer(Quantizer):
     def encode(self, weight: torch.Tensor) -> Encoded:
         """One packed bit per entry and code, and k scales per row."""
         alpha, B = self.codes(weight)
-        parts = {"codes": pack_bits((B > 0).to(torch.uint8), 1), "alpha": alpha.contiguous()}
-        return Encoded("multi_bit", tuple(weight.shape), parts)
-
-
-def _decode_multi_bit(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
-    alpha = parts["alpha"]
-    B = unpack_bits(parts["codes"], 1, alpha.numel() * shape[-1]).view(*alpha.shape, shape[-1])
-    return decode_bits(alpha, 2.0 * B - 1).view(shape)
-
-
-artifacts.DECODERS |= {"product": _decode_product, "residual": _decode_residual, "multi_bit": _decode_multi_bit}
+        return encodings.multi_bit(B, alpha, weight.shape)

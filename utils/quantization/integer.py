@@ -41,13 +41,18 @@ def optional(name: str) -> ModuleType:
 class Engine(nn.Module):
     """A finished classifier in whatever arithmetic: called like a BERT, it returns an object with float32 `.logits`.
 
-    `nbytes` is the size of its files; `run(input_ids, attention_mask)` computes the logits. It cannot be trained.
+    `nbytes` is the size of its files, `embedding_bytes` of them for the embeddings; `run(input_ids, attention_mask)` computes the
+    logits. It cannot be trained.
     """
 
-    def __init__(self, run: Run, config: BertConfig, nbytes: int):
+    def __init__(self, run: Run, config: BertConfig, nbytes: int, embedding_bytes: int):
         super().__init__()
-        self.run, self.config, self.nbytes = run, config, nbytes
+        self.run, self.config, self.nbytes, self.embedding_bytes = run, config, nbytes, embedding_bytes
         self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # says on which device the inputs are wanted
+
+    def stored(self) -> dict[str, int]:
+        """What its own files take: an engine has no artifact of this suite."""
+        return {"stored_bytes": self.nbytes, "stored_bytes_without_embeddings": self.nbytes - self.embedding_bytes}
 
     @torch.inference_mode()
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> SequenceClassifierOutput:
@@ -101,7 +106,8 @@ def torch_engine(model: nn.Module, compiled: bool) -> Engine:
         inductor.freezing = True  # torch.compile's `options` would not do: the tracer reads this switch itself
         fused = torch.compile(run, dynamic=False, isolate_recompiles=True)
         call = in_few_shapes(fused, model.config.max_position_embeddings)
-    return Engine(call, model.config, state_bytes(model)).to(next(model.parameters()).device)
+    embedding_bytes = sum(p.nbytes for p in bert.embeddings(model).parameters())
+    return Engine(call, model.config, state_bytes(model), embedding_bytes).to(next(model.parameters()).device)
 
 
 def float_engine(model: nn.Module, dtype: torch.dtype = torch.bfloat16, compiled: bool = False) -> Engine:
@@ -193,4 +199,12 @@ def onnx_runtime(path: Path, config: BertConfig, disabled: Sequence[str] = DISAB
         (logits,) = session.run(None, {"input_ids": ids.cpu().numpy(), "attention_mask": mask.cpu().numpy()})
         return torch.from_numpy(logits)
 
-    return Engine(run, config, sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")))
+    nbytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+    return Engine(run, config, nbytes, onnx_embedding_bytes(path))
+
+
+def onnx_embedding_bytes(path: Path) -> int:
+    """Bytes of an exported graph's weights that belong to the embeddings, in whatever type they are stored."""
+    onnx = optional("onnx")
+    return sum(math.prod(weight.dims) * onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize
+               for weight in onnx.load(path, load_external_data=False).graph.initializer if "embeddings" in weight.name)  # fmt: skip

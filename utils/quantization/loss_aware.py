@@ -7,8 +7,8 @@ is the square root of Adam's second moment.
 import torch
 from torch import nn
 
-from utils import artifacts
-from utils.artifacts import Encoded
+from utils import encodings
+from utils.encodings import Encoded
 from utils.quantization.quantizer import Quantizer, check_bits, check_weight
 
 KINDS = ("linear", "logarithmic")
@@ -86,7 +86,7 @@ class LossAwareQuantizer(Quantizer):
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Packed level indices and the levels, times alpha."""
         alpha, index = self.solve(weight)
-        return artifacts.codebook(index, (alpha * self.levels).unsqueeze(1), weight.shape, self.bits)
+        return encodings.codebook(index, (alpha * self.levels).unsqueeze(1), weight.shape, self.bits)
 
 
 def update_curvature(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from utils.artifacts import Encoded
 from utils.bert import ENCODER, Matrix, matrices
+from utils.encodings import Encoded
 
 
 def straight_through(weight: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:

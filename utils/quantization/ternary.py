@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from utils.artifacts import Encoded, codebook
 from utils.bert import ENCODER, matrices
+from utils.encodings import Encoded, codebook
 from utils.quantization.binary import TINY, ConnectQuantizer, ScaledQuantizer, grouped, pass_gradient
 from utils.quantization.quantizer import Quantizer, check_weight
 

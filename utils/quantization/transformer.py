@@ -7,10 +7,9 @@ ranges and its mixed precision by the Hessian; and GOBO's outliers, from a later
 import torch
 from torch import nn
 
-from utils import artifacts, bert
-from utils.artifacts import Encoded, pack_bits, unpack_bits
-from utils.bert import ENCODER, matrices
-from utils.pruning.masks import dense_weight
+from utils import bert, encodings
+from utils.bert import ENCODER, dense_weight, matrices
+from utils.encodings import Encoded
 from utils.quantization.codebook import borders, check_count, nearest
 from utils.quantization.loss_aware import first_alpha, loss_aware_levels
 from utils.quantization.quantizer import Quantizer, ascending, check_bits, check_weight
@@ -54,7 +53,7 @@ class Word2Bits(Quantizer):
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Packed codes and one scale."""
         codes, scale, zero = self.codes(weight)
-        return artifacts.uniform(codes, scale.view(1, 1), zero.view(1, 1), self.bits)
+        return encodings.uniform(codes, scale.view(1, 1), zero.view(1, 1), self.bits)
 
 
 # --- what to quantize -----------------------------------------------------------------------------------------------
@@ -245,25 +244,10 @@ class Gobo(Quantizer):
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Packed indices, the codebook, and each outlier's position (int32) and value (float32)."""
         positions = torch.nonzero(self.outliers(weight).flatten()).flatten()
-        parts = {
-            "codes": pack_bits(nearest(weight, self.centroids), self.bits),
-            "centroids": self.centroids,
-            "positions": positions.to(torch.int32),
-            "values": weight.detach().float().flatten()[positions],
-        }
-        return Encoded("outliers", tuple(weight.shape), parts, {"bits": self.bits})
+        index = nearest(weight, self.centroids)
+        return encodings.outliers(index, self.centroids, positions, weight.detach().float(), self.bits)
 
 
 def gobo(weight: torch.Tensor, bits: int = 3, threshold: float = -4.0) -> torch.Tensor:
     """The weight as GOBO stores it: see `Gobo`."""
     return Gobo(weight, bits, threshold).quantize(weight)
-
-
-def _decode_outliers(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
-    codes = unpack_bits(parts["codes"], meta["bits"], torch.Size(shape).numel()).long()
-    flat = parts["centroids"][codes]
-    flat[parts["positions"].long()] = parts["values"]
-    return flat.view(shape)
-
-
-artifacts.DECODERS |= {"outliers": _decode_outliers}

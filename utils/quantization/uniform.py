@@ -14,10 +14,9 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from utils import artifacts, bert
-from utils.artifacts import Encoded
-from utils.bert import ENCODER
-from utils.pruning.hessian import linear_matrices
+from utils import bert, encodings
+from utils.bert import ENCODER, linear_matrices
+from utils.encodings import Encoded
 from utils.quantization.quantizer import Quantizer, ascending, check_bits, check_weight, straight_through
 from utils.training import Loss, to_device
 
@@ -230,7 +229,7 @@ class UniformQuantizer(Quantizer):
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Packed codes, and a scale and a zero per range."""
         codes, scale, zero = self.levels(weight)
-        return artifacts.uniform(codes.view_as(weight), scale.squeeze(-1), zero.squeeze(-1), self.bits)
+        return encodings.uniform(codes.view_as(weight), scale.squeeze(-1), zero.squeeze(-1), self.bits)
 
 
 def power_of_two_exponent(w: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -305,7 +304,7 @@ class PowerOfTwoQuantizer(Quantizer):
         zero = powers.new_zeros(int(self.underflow == "zero"))
         levels = torch.cat([-powers.flip(0), zero, powers])
         codes = torch.bucketize(self.quantize(weight).float(), levels)  # exact: every value is a level
-        return artifacts.codebook(codes, levels.unsqueeze(1), weight.shape, self.bits)
+        return encodings.codebook(codes, levels.unsqueeze(1), weight.shape, self.bits)
 
 
 # --- balanced: all levels equally often -----------------------------------------------------------------------------
@@ -382,7 +381,7 @@ class BalancedQuantizer(Quantizer):
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Packed codes, one scale and one zero."""
         codes, scale, zero = self.levels(weight)
-        return artifacts.uniform(codes.view_as(weight), scale.view(1, 1), zero.view(1, 1), self.bits)
+        return encodings.uniform(codes.view_as(weight), scale.view(1, 1), zero.view(1, 1), self.bits)
 
 
 # --- activations ----------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import torch
 from sklearn.cluster import KMeans
 from torch.nn.functional import cross_entropy
 
-from utils.artifacts import DECODERS
 from utils.bert import attention, matrices
+from utils.encodings import decode
 from utils.quantization import ternary
 from utils.quantization.binary import clip_latent, latent_weights, weight_bound
 from utils.quantization.quantizer import attach, detach
@@ -35,10 +35,6 @@ QUANTIZERS = {
     "step": (lambda w: ternary.StepQuantizer(ternary.lloyd_max_step(w)), lambda rows: 8),
     "ttq": (ternary.TTQ, lambda rows: 12),
 }
-
-
-def decode(encoded) -> torch.Tensor:
-    return DECODERS[encoded.encoding](encoded.parts, encoded.meta, encoded.shape)
 
 
 def logits_of(model, batch) -> torch.Tensor:

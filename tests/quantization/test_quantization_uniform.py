@@ -9,16 +9,13 @@ import torch
 from torch import nn
 
 from utils import artifacts, bert
+from utils.encodings import decode
 from utils.quantization import uniform
 from utils.quantization.quantizer import attach, detach
 from utils.quantization.uniform import ActivationQuantizer, BalancedQuantizer, PowerOfTwoQuantizer, UniformQuantizer
 from utils.training import cross_entropy
 
 BITS = [1, 2, 3, 4, 8]
-
-
-def decode(item: artifacts.Encoded) -> torch.Tensor:
-    return artifacts.DECODERS[item.encoding](item.parts, item.meta, item.shape)
 
 
 def logits(model, batch):

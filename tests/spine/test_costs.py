@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from utils import bert, costs
-from utils.pruning.surgery import remove_heads, remove_neurons
+from utils import bert, costs, parts
+from utils.structure import remove_heads, remove_neurons
 
 
 @pytest.mark.parametrize("length", [1, 7, 64])
@@ -54,9 +54,24 @@ def test_latency_ratio_sees_a_model_twice_as_deep():
     shallow = BertForSequenceClassification(config).eval()
     deep = copy.deepcopy(shallow)
     deep.bert.encoder.layer.extend(copy.deepcopy(list(shallow.bert.encoder.layer)) * 3)
-    found = costs.latency_ratio(deep, shallow, batch=8, seconds=0.05, rounds=3)
-    assert found["ratio"].value > 1.5
-    assert found["baseline_ms"] > found["model_ms"]
+    found = costs.race(deep, {"shallow": shallow, "twin": copy.deepcopy(deep)}, batch=8, seconds=0.05, rounds=3)
+    assert found["shallow"].value > 1.5 and found.ratio("shallow", over="twin").value > 1.5
+    assert found.ms["baseline"] > found.ms["shallow"] and list(found) == ["shallow", "twin"]
+
+
+def test_structure_ignores_values_and_sees_shapes_types_parts_and_attention(tiny):
+    def named(change) -> str:
+        model = copy.deepcopy(tiny)
+        change(model)
+        return costs.structure(model)
+
+    def low_rank(model) -> None:
+        model.bert.pooler.dense = parts.LowRankLinear.from_linear(model.bert.pooler.dense, 32)
+
+    assert named(lambda model: model.classifier.weight.data.zero_()) == costs.structure(tiny)
+    others = [named(lambda model: remove_neurons(model, {0: torch.arange(16)})), named(lambda model: model.bfloat16()), named(low_rank),
+              named(lambda model: setattr(model.config, "_attn_implementation", "linear"))]  # fmt: skip
+    assert len({costs.structure(tiny), *others}) == 5
 
 
 def test_peak_memory_covers_weights_and_the_widest_activations(tiny):

@@ -11,15 +11,12 @@ from sklearn.cluster import KMeans
 from torch import nn
 
 from utils import artifacts
+from utils.encodings import decode
 from utils.quantization import codebook, loss_aware
 from utils.quantization.codebook import MultiBitQuantizer, ProductQuantizer, ResidualQuantizer, StaticKMeans, TrainedKMeans
 from utils.quantization.loss_aware import LossAwareQuantizer
 from utils.quantization.quantizer import attach, detach
 from utils.training import cross_entropy
-
-
-def decode(item: artifacts.Encoded) -> torch.Tensor:
-    return artifacts.DECODERS[item.encoding](item.parts, item.meta, item.shape)
 
 
 def error(w: torch.Tensor, quantized: torch.Tensor) -> float:

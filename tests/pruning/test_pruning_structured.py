@@ -14,8 +14,8 @@ from torch.nn.utils import prune
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import prune_linear_layer
 
-from utils import bert
-from utils.pruning import heads, layers, neurons, surgery
+from utils import bert, structure
+from utils.pruning import heads, layers, neurons
 from utils.pruning.masks import hold_masks
 
 LAYERS, HEADS, SIZE, HIDDEN, NEURONS = 4, 4, 8, 32, 64
@@ -83,7 +83,7 @@ def random_mask(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
 
 
-# --- surgery ---------------------------------------------------------------------------------------------------------
+# --- structure -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -112,7 +112,7 @@ def test_removed_neurons_equal_zeroed_weights(implementation):
         gone = [i for i in range(NEURONS) if i not in index.tolist()]
         with torch.no_grad():
             masked.bert.encoder.layer[number].output.dense.weight[:, gone] = 0
-    surgery.remove_neurons(model, keep)
+    structure.remove_neurons(model, keep)
     close(logits(model, batch, implementation), logits(masked, batch, implementation))
     assert [layer.intermediate.dense.out_features for layer in model.bert.encoder.layer] == [int(keep[0].sum()), NEURONS, 3, 0]
 
@@ -121,7 +121,7 @@ def test_take_equals_the_library():
     linear, index = nn.Linear(6, 5), torch.tensor([0, 2, 3])
     for dim in (0, 1):
         ours = copy.deepcopy(linear)
-        surgery.take(ours, index, dim)
+        structure.take(ours, index, dim)
         library = prune_linear_layer(linear, index, dim)
         close(ours.weight, library.weight, 0)
         close(ours.bias, library.bias, 0)
@@ -138,7 +138,7 @@ def test_remove_ffn_leaves_the_bias_or_nothing():
             dense.weight.zero_()
             if not keep_bias:
                 dense.bias.zero_()
-        surgery.remove_ffn(model, 1, keep_bias)
+        structure.remove_ffn(model, 1, keep_bias)
         close(logits(model, batch), logits(expected, batch))
 
 
@@ -148,7 +148,7 @@ def test_removed_layers_equal_skipped_layers():
         skipped = logits(model, batch)
     whole = logits(model, batch)
     assert not torch.allclose(whole, skipped)
-    surgery.remove_layers(model, [3, 0])
+    structure.remove_layers(model, [3, 0])
     close(logits(model, batch), skipped, 0)
     assert model.config.num_hidden_layers == 2
     assert [layer.attention.self.layer_idx for layer in model.bert.encoder.layer] == [0, 1]
@@ -156,33 +156,41 @@ def test_removed_layers_equal_skipped_layers():
 
 def structurally_pruned() -> BertForSequenceClassification:
     model = tiny()
-    surgery.remove_layers(model, [0, 2, 3])
-    surgery.remove_heads(model, {0: torch.tensor([1, 3]), 1: torch.zeros(HEADS, dtype=torch.bool)})
-    surgery.remove_neurons(model, {0: torch.arange(10, 30), 2: random_mask(NEURONS)})
-    surgery.remove_ffn(model, 1)
+    structure.remove_layers(model, [0, 2, 3])
+    structure.remove_heads(model, {0: torch.tensor([1, 3]), 1: torch.zeros(HEADS, dtype=torch.bool)})
+    structure.remove_neurons(model, {0: torch.arange(10, 30), 2: random_mask(NEURONS)})
+    structure.remove_ffn(model, 1)
     return model
 
 
+@pytest.mark.parametrize("read_off_shapes", [False, True])
 @pytest.mark.parametrize("built_with_layers", [3, 4])
-def test_fit_structure_rebuilds_from_shapes(built_with_layers):
+def test_a_described_structure_is_built_again(built_with_layers, read_off_shapes):
     model, batch = structurally_pruned(), make_batch()
     state = model.state_dict()
     rebuilt = tiny(num_hidden_layers=built_with_layers)
-    surgery.fit_structure(rebuilt, {name: tensor.shape for name, tensor in state.items()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    described = (
+        structure.describe_shapes(shapes, HIDDEN // HEADS, HEADS, NEURONS) if read_off_shapes else structure.describe(model)
+    )
+    structure.cut_to(rebuilt, described)
+    assert structure.describe(rebuilt) == structure.describe(model)
     rebuilt.load_state_dict(state)
     for implementation in ("eager", "sdpa"):
         close(logits(rebuilt, batch, implementation), logits(model, batch, implementation), 0)
     assert len(save(state)) < 0.6 * len(save(tiny().state_dict()))
 
 
-def test_fit_structure_refuses_what_is_larger():
-    shapes = {name: tensor.shape for name, tensor in tiny().state_dict().items()}
+def test_structures_that_are_larger_or_make_no_sense_are_refused():
+    described = structure.describe(tiny())
     with pytest.raises(ValueError, match="keep one layer or more"):
-        surgery.fit_structure(tiny(num_hidden_layers=2), shapes)
+        structure.cut_to(tiny(num_hidden_layers=2), described)
     with pytest.raises(ValueError, match="neuron indices"):
-        surgery.fit_structure(tiny(intermediate_size=16), shapes)
+        structure.cut_to(tiny(intermediate_size=16), described)
     with pytest.raises(ValueError, match="no multiple"):
-        surgery.fit_structure(tiny(), shapes | {"bert.encoder.layer.0.attention.self.query.weight": torch.Size([9, HIDDEN])})
+        structure.describe_shapes(
+            {"bert.encoder.layer.0.attention.self.query.weight": (9, HIDDEN)}, HIDDEN // HEADS, HEADS, NEURONS
+        )
 
 
 def test_emptied_model_still_trains_attends_and_copies():
@@ -201,14 +209,14 @@ def test_emptied_model_still_trains_attends_and_copies():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: surgery.remove_layers(m, []), "keep one layer or more"),
-        (lambda m: surgery.remove_layers(m, [0, 4]), r"0\.\.3"),
-        (lambda m: surgery.remove_neurons(m, {4: torch.arange(3)}), r"0\.\.3"),
-        (lambda m: surgery.remove_neurons(m, {0: torch.tensor([64])}), r"0\.\.63"),
-        (lambda m: surgery.remove_neurons(m, {0: torch.tensor([-1, 2])}), r"0\.\.63"),
-        (lambda m: surgery.remove_heads(m, {0: torch.ones(3, dtype=torch.bool)}), r"\(4,\)"),
-        (lambda m: surgery.remove_heads(m, {-1: torch.ones(4, dtype=torch.bool)}), r"0\.\.3"),
-        (lambda m: surgery.remove_ffn(m, 9), r"0\.\.3"),
+        (lambda m: structure.remove_layers(m, []), "keep one layer or more"),
+        (lambda m: structure.remove_layers(m, [0, 4]), r"0\.\.3"),
+        (lambda m: structure.remove_neurons(m, {4: torch.arange(3)}), r"0\.\.3"),
+        (lambda m: structure.remove_neurons(m, {0: torch.tensor([64])}), r"0\.\.63"),
+        (lambda m: structure.remove_neurons(m, {0: torch.tensor([-1, 2])}), r"0\.\.63"),
+        (lambda m: structure.remove_heads(m, {0: torch.ones(3, dtype=torch.bool)}), r"\(4,\)"),
+        (lambda m: structure.remove_heads(m, {-1: torch.ones(4, dtype=torch.bool)}), r"0\.\.3"),
+        (lambda m: structure.remove_ffn(m, 9), r"0\.\.3"),
         (lambda m: heads.cut_closed(m, torch.ones(2, 2)), "shapes"),
     ],
 )
@@ -221,7 +229,7 @@ def test_surgery_refuses_held_masks():
     model = tiny()
     hold_masks(model, {"bert.encoder.layer.0.intermediate.dense.weight": torch.ones(NEURONS, HIDDEN, dtype=torch.bool)})
     with pytest.raises(ValueError, match="burn the masks in"):
-        surgery.remove_neurons(model, {0: torch.arange(3)})
+        structure.remove_neurons(model, {0: torch.arange(3)})
 
 
 # --- neurons ---------------------------------------------------------------------------------------------------------
@@ -358,7 +366,7 @@ def test_proximal_training_deletes_whole_neurons(groups):
     dead = {number: norm > 0 for number, norm in neurons.group_norms(model, groups).items()}
     neurons.fold_constant_neurons(model)
     close(logits(model, batch), before)
-    surgery.remove_neurons(model, dead)  # what the penalty zeroed leaves without a trace
+    structure.remove_neurons(model, dead)  # what the penalty zeroed leaves without a trace
     close(logits(model, batch), before)
     assert model.bert.encoder.layer[0].intermediate.dense.out_features == NEURONS - zeroed[0]
 
@@ -827,7 +835,7 @@ def test_search_equals_brute_force(num_keep):
     brute = {}
     for keep in itertools.combinations(range(LAYERS), num_keep):
         shrunk = copy.deepcopy(model)
-        surgery.remove_layers(shrunk, list(keep))
+        structure.remove_layers(shrunk, list(keep))
         brute[keep] = closeness(shrunk)
     assert tried == pytest.approx(brute)
     assert found == list(max(brute, key=brute.get))

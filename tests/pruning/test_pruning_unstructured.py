@@ -12,10 +12,10 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from utils import profiles
-from utils.bert import ENCODER, matrices
+from utils.bert import ENCODER, dense_weight, matrices
 from utils.pruning import densify, hessian, iterative
 from utils.pruning.magnitude import class_blind_masks, magnitude_masks, random_masks
-from utils.pruning.masks import apply_masks, dense_weight, held_masks, hold_masks, lowest, release_masks, sparsity_of
+from utils.pruning.masks import apply_masks, held_masks, hold_masks, lowest, release_masks, sparsity_of
 from utils.tasks import Split, Task
 from utils.training import cross_entropy, train
 

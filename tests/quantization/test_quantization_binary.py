@@ -10,8 +10,8 @@ from sklearn.cluster import KMeans
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
-from utils.artifacts import DECODERS
 from utils.bert import matrices
+from utils.encodings import decode
 from utils.quantization import binary
 from utils.quantization.quantizer import attach, detach
 
@@ -41,10 +41,6 @@ QUANTIZERS = {
     "bwn-row": (lambda w: binary.BWN("row"), lambda rows: 4 * rows + 4),
     "lab": (lab, lambda rows: 4 * rows + 4),
 }
-
-
-def decode(encoded) -> torch.Tensor:
-    return DECODERS[encoded.encoding](encoded.parts, encoded.meta, encoded.shape)
 
 
 def loss_of(model, batch) -> torch.Tensor:

@@ -3,7 +3,7 @@
 A feed-forward neuron is a row of `ffn_in` and a column of `ffn_out`; a head is `attention_head_size` rows of query, key and
 value and as many columns of `attention_output`. Removing them is exact: the shrunk model computes what the masked one did.
 A block that loses everything keeps its empty matrices and adds its output bias alone, so that every chapter still finds the
-matrices under their names, and the shapes in a state dict tell the whole structure (`fit_structure`).
+matrices under their names. `describe` and `cut_to` carry a structure into a file and back.
 """
 
 import re
@@ -82,25 +82,48 @@ def remove_layers(model: nn.Module, keep: list[int]) -> None:
     model.config.num_hidden_layers = len(kept)
 
 
-def fit_structure(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
-    """Shrink a freshly built BERT in place until its matrices have the shapes of a stored, structurally pruned one.
+def describe(model: nn.Module) -> list[dict[str, int]]:
+    """Heads and feed-forward neurons of every encoder layer, as JSON values. `cut_to` makes the same structure again."""
+    return [{"heads": layer.attention.self.num_attention_heads, "neurons": layer.intermediate.dense.out_features}
+            for layer in model.bert.encoder.layer]  # fmt: skip
 
-    `shapes` maps parameter names to shapes; layers, feed-forward widths and head counts are read off them. The weights mean
-    nothing afterwards: load the stored ones. Raises ValueError where a stored matrix is larger than the model's.
+
+def describe_shapes(shapes: dict[str, tuple[int, ...]], head_size: int, heads: int, neurons: int) -> list[dict[str, int]]:
+    """What `describe` would say, read off the shapes of a state dict (artifacts of the first format say no more).
+
+    `heads` and `neurons` hold where a matrix is missing. Raises ValueError for query rows that make no whole heads.
     """
-    numbers = [int(match[1]) for name in shapes if (match := LAYER_NAME.match(name))]
-    remove_layers(model, list(range(1 + max(numbers, default=-1))))
-    for number, layer in enumerate(model.bert.encoder.layer):
+    layers = range(1 + max((int(match[1]) for name in shapes if (match := LAYER_NAME.match(name))), default=-1))
+    found = []
+    for number in layers:
         prefix = f"bert.encoder.layer.{number}"
-        neurons = shapes.get(f"{prefix}.intermediate.dense.weight", layer.intermediate.dense.weight.shape)[0]
-        rows = shapes.get(f"{prefix}.attention.self.query.weight", layer.attention.self.query.weight.shape)[0]
-        heads, rest = divmod(rows, layer.attention.self.attention_head_size)
-        if rest:
-            raise ValueError(f"layer {number}: {rows} query rows are no multiple of {layer.attention.self.attention_head_size}")
-        if neurons != layer.intermediate.dense.out_features:
-            remove_neurons(model, {number: torch.arange(neurons)})
-        if heads != layer.attention.self.num_attention_heads:
-            remove_heads(model, {number: torch.arange(heads)})
+        rows = shapes.get(f"{prefix}.attention.self.query.weight", (heads * head_size,))[0]
+        if rows % head_size:
+            raise ValueError(f"layer {number}: {rows} query rows are no multiple of {head_size}")
+        width = shapes.get(f"{prefix}.intermediate.dense.weight", (neurons,))[0]
+        found.append({"heads": rows // head_size, "neurons": width})
+    return found
+
+
+def cut_to(model: nn.Module, described: list[dict[str, int]]) -> None:
+    """Shrink a freshly built BERT in place to a described structure; its weights mean nothing afterwards: load the stored ones.
+
+    Raises ValueError where the description asks for more than the model has.
+    """
+    remove_layers(model, list(range(len(described))))
+    for number, (layer, sizes) in enumerate(zip(model.bert.encoder.layer, described, strict=True)):
+        if sizes["neurons"] != layer.intermediate.dense.out_features:
+            remove_neurons(model, {number: torch.arange(sizes["neurons"])})
+        if sizes["heads"] != layer.attention.self.num_attention_heads:
+            remove_heads(model, {number: torch.arange(sizes["heads"])})
+
+
+def tie(model: nn.Module, path: str, to: str) -> None:
+    """Let the module at `path` be the one at `to`: one set of weights in two places. Raises ValueError where shapes differ."""
+    shapes = [[tuple(p.shape) for p in model.get_submodule(place).parameters()] for place in (path, to)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{path} and {to} have parameters of other shapes: they cannot be tied")
+    model.set_submodule(path, model.get_submodule(to))
 
 
 @torch.no_grad()

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from utils.pruning.surgery import remove_layers
 
 from utils import artifacts
 from utils.board import RowRefused, flatten
 from utils.pruning.magnitude import magnitude_masks
 from utils.pruning.masks import apply_masks
-from utils.pruning.surgery import remove_layers
 
 ROW_FIELDS = {
     "method", "label", "hyperparameters", "seed", "control_of", "accuracy", "accuracy_ci95", "drop", "drop_ci95", "label_loyalty",

@@ -12,16 +12,13 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from utils import CompanionError, artifacts, bert
 from utils.bert import matrices
+from utils.encodings import decode
 from utils.quantization import integer, transformer
 from utils.quantization.codebook import StaticKMeans
 from utils.quantization.quantizer import attach, detach
 from utils.quantization.transformer import Gobo, GroupwiseQuantizer, Word2Bits
 from utils.quantization.uniform import ActivationQuantizer, UniformQuantizer, quantized_inputs
 from utils.training import cross_entropy
-
-
-def decode(item: artifacts.Encoded) -> torch.Tensor:
-    return artifacts.DECODERS[item.encoding](item.parts, item.meta, item.shape)
 
 
 def logits(model, batch):

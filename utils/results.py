@@ -1,0 +1,252 @@
+"""Rows and results files: one typed row, one definition of its columns, three renderings, and the JSON on disk.
+
+`results/<profile>/<chapter>.json` is the file of record. Times hold for one machine, so the file names it; what other machines
+measured lies beside it as `<chapter>@<machine>.json` (`machines` lays them side by side).
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+
+import pandas
+
+from utils import CompanionError, cache
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy", "scipy")
+INSTRUCTIONS = {
+    "avx512_vnni": "VNNI",
+    "avx512_bf16": "AVX-512 bf16",
+    "amx_int8": "AMX int8",
+    "amx_bf16": "AMX bf16",
+    "avx2": "AVX2",
+}
+
+
+@dataclass
+class Row:
+    """One result. Shares (accuracy, drop) lie in [0, 1]; sizes are bytes; ratios are the baseline's time over the model's."""
+
+    method: str
+    label: str
+    accuracy: float
+    accuracy_ci95: list[float]
+    drop: float
+    drop_ci95: list[float]
+    parameters: int
+    nonzero_parameters: int
+    parameters_without_embeddings: int
+    stored_bytes: int
+    stored_bytes_without_embeddings: int
+    macs: int
+    hyperparameters: dict = field(default_factory=dict)
+    seed: int = 0
+    control_of: str | None = None
+    label_loyalty: float | None = None
+    probability_loyalty: float | None = None
+    against_control: dict | None = (
+        None  # {"control", "difference", "ci95"}: accuracy minus the dense model's after the same training
+    )
+    macs_length: int = 32
+    peak_memory_bytes: int | None = None
+    part_kinds: list[str] = field(default_factory=list)
+    structure: str | None = None
+    latency_of: str | None = None  # the row whose timing this is: weights of other values take no other time
+    latency_ratio: dict | None = None
+    latency_ratio_interval: dict | None = None
+    latency_ms: dict | None = None
+    train_seconds: float = 0.0
+    train_energy_kwh_estimate: float | None = None
+    simulated: bool = False
+    effect: dict = field(default_factory=dict)
+    section: str = ""
+    track: str = "core"
+
+    @classmethod
+    def from_dict(cls, content: dict) -> "Row":
+        """A row read from JSON. Raises CompanionError for keys that no row has, or that every row has and this one lacks."""
+        known = {f.name for f in fields(cls)}
+        if set(content) - known:
+            raise CompanionError(f"a row has unknown entries: {', '.join(sorted(set(content) - known))}")
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise CompanionError(f"a row is incomplete: {error}") from None
+
+    def as_dict(self) -> dict:
+        """JSON form."""
+        return asdict(self)
+
+    def speed(self, batch: int) -> float | None:
+        """Speed against the baseline at a batch size, where it was measured."""
+        return (self.latency_ratio or {}).get(f"batch{batch}")
+
+    def cells(self) -> dict[str, str]:
+        """The columns of every table, as text: accuracy in percent, differences in points with their 95 % intervals."""
+        is_baseline = self.method == "-"
+        against = self.against_control
+        return {
+            "id": self.method, "method": self.label, "accuracy %": f"{100 * self.accuracy:.1f}",
+            "drop [95 %]": "" if is_baseline else interval(self.drop, self.drop_ci95),
+            "vs dense control": interval(against["difference"], against["ci95"]) if against else "",
+            "loyalty": "" if is_baseline or self.label_loyalty is None else f"{100 * self.label_loyalty:.0f} %",
+            "MB": f"{self.stored_bytes / 1e6:.1f}", "MMAC": f"{self.macs / 1e6:.0f}",
+            "speed ×1 / ×32": self.speeds(), "train s": f"{self.train_seconds:.0f}",
+        }  # fmt: skip
+
+    def speeds(self) -> str:
+        """Speed at batch 1 and 32, or why there is none."""
+        if self.simulated:
+            return "emulated"
+        if self.latency_of == "baseline":
+            return "as dense"
+        one, many = self.speed(1), self.speed(32)
+        return "" if one is None or many is None else f"{one:.2f} / {many:.2f}"
+
+    def summary(self) -> str:
+        """One line for the reader, right after a method ran."""
+        low, high = (100 * end for end in self.drop_ci95)
+        against = f", {interval(**self._against())} against dense training" if self.against_control else ""
+        return (f"{self.method} {self.label}: {100 * self.accuracy:.1f} % (drop {100 * self.drop:.1f} [{low:.1f}, {high:.1f}]{against}), "
+                f"{self.stored_bytes / 1e6:.1f} MB, speed {self.speeds()}")  # fmt: skip
+
+    def _against(self) -> dict:
+        return {"value": self.against_control["difference"], "ends": self.against_control["ci95"]}
+
+
+def interval(value: float, ends: list[float]) -> str:
+    """A share as points with its interval: 2.3 [1.0, 3.6]."""
+    return f"{100 * value:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
+
+
+# --- renderings -----------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row], baseline: Row | None = None) -> tuple[list[str], list[list[str]]]:
+    """Column names and the cells of every line, the baseline first; columns that are empty throughout are left out."""
+    lines = [row.cells() for row in ([baseline] if baseline else []) + rows]
+    names = [name for name in (lines[0] if lines else {}) if any(line[name] for line in lines)]
+    return names, [[line[name] for name in names] for line in lines]
+
+
+def as_frame(rows: list[Row], baseline: Row | None = None) -> pandas.DataFrame:
+    """A table for notebooks."""
+    names, lines = table(rows, baseline)
+    return pandas.DataFrame(lines, columns=names).set_index("id") if names else pandas.DataFrame()
+
+
+def as_markdown(rows: list[Row], baseline: Row | None = None) -> str:
+    """A table for Markdown pages; a bar inside a cell is escaped."""
+    names, lines = table(rows, baseline)
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names), *escaped])
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def path(name: str, profile: str) -> Path:
+    """Where a chapter's results file goes: under $COMPANION_OUT, else runs/."""
+    return Path(os.environ.get("COMPANION_OUT") or ROOT / "runs") / "results" / profile / f"{name}.json"
+
+
+def write(target: Path, content: dict) -> None:
+    """Write a results file, whole or not at all."""
+    cache.write_atomically(target, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read(source: Path) -> dict:
+    """A results file. Raises CompanionError for one that is missing, cut short, or something else."""
+    try:
+        content = json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CompanionError(
+            f"{source} is no readable results file ({str(error).splitlines()[0]}): run the chapter again"
+        ) from None
+    if not isinstance(content, dict) or not {"chapter", "profile", "baseline", "rows", "claims"} <= set(content):
+        raise CompanionError(f"{source} is no results file of this suite")
+    return content
+
+
+def read_all(out: Path, profile: str) -> list[dict]:
+    """The results files of a run, chapter by chapter, other machines' files aside. Raises CompanionError where there are none."""
+    found = [file for file in sorted((out / "results" / profile).glob("*.json")) if "@" not in file.stem]
+    if not found:
+        raise CompanionError(f"no results of profile {profile!r} under {out}: run `companion run --profile {profile}` first")
+    return [read(file) for file in found]
+
+
+def rows_of(content: dict) -> tuple[Row, list[Row]]:
+    """Baseline and rows of a results file. The first edition's baselines had no name, and a share more."""
+    base = {"method": "-", "label": "baseline", **content["baseline"]}
+    if "majority_accuracy" in base:
+        base["effect"] = {"majority_accuracy": base.pop("majority_accuracy")}
+    return Row.from_dict(base), [Row.from_dict(row) for row in content["rows"]]
+
+
+# --- where numbers come from ----------------------------------------------------------------------------------------
+
+
+def provenance() -> dict:
+    """What a reader needs to trust or repeat a number: commit, versions, platform, threads."""
+    import torch
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    return {
+        "commit": git("rev-parse", "HEAD") or "unknown",
+        "uncommitted_code": bool(git("status", "--porcelain", "--", "utils", "lessons")),
+        "versions": {"python": platform.python_version(), **{package: metadata.version(package) for package in PACKAGES}},
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def machine(device: object = "cpu") -> dict:
+    """The processor, its matrix instructions, the cores that this process may use, and the GPU where it is the device."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    gpu = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": processor(), "instructions": [name for name in INSTRUCTIONS if capabilities.get(name)],
+            "cores": cores, "gpu": gpu}  # fmt: skip
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    with_names = Path("/proc/cpuinfo")
+    if with_names.is_file():
+        found = re.search(r"model name\s*:\s*(.+)", with_names.read_text())
+        if found:
+            return found[1].strip()
+    if platform.system() == "Darwin":
+        done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        return done.stdout.strip() or platform.processor()
+    return platform.processor() or platform.machine()
+
+
+def machine_name(found: dict) -> str:
+    """A machine in words: `AMD EPYC (VNNI, AVX-512 bf16), 2 cores`."""
+    if found["gpu"]:
+        return found["gpu"]
+    fast = [INSTRUCTIONS[name] for name in found["instructions"]]
+    fast = fast[:-1] if len(fast) > 1 and fast[-1] == "AVX2" else fast  # said only where there is nothing faster
+    return f"{found['processor']}{' (' + ', '.join(fast) + ')' if fast else ''}, {found['cores']} cores"
+
+
+def machine_slug(found: dict) -> str:
+    """A machine as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", machine_name(found).lower()).strip("-")
+
+
+def machine_of(content: dict) -> str:
+    """The machine of a results file, in words; the first edition's files name a device and threads."""
+    return content["provenance"]["device"]
