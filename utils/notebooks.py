@@ -1,19 +1,18 @@
-"""Notebooks are built, never edited: woven from a lesson and the package's source, then executed by papermill.
+"""Notebooks are built, never edited: woven from a lesson and the package's source (`utils.run` executes them).
 
-A lesson cell tagged `weave` is a plain import; in the notebook it becomes the source of the imported names, with the imports
-that the source needs, so that a learner can change a method in place and rerun it. The code still exists only once.
+A lesson cell tagged `weave` is a plain import; in the notebook it becomes the source of the imported names, one definition per
+cell, so that a learner can change a method in place and rerun it. The code still exists only once. Every `##` section stands
+alone: it uses what the opening defines and what it defines itself. A line `<!-- extra -->` under a heading puts a section on the
+track `extra`, which a short class leaves out.
 """
 
 import ast
-import contextlib
-import hashlib
+import builtins
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import re
+import symtable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import jupytext
@@ -40,30 +39,94 @@ def check_chapters(names: list[str]) -> list[str]:
 
 # --- weave ----------------------------------------------------------------------------------------------------------
 
+HEADING = re.compile(r"^#{2,3} ")
+TRACK = re.compile(r"^<!-- (core|extra) -->$")
+OPENING = "opening"
 
-def weave(chapter: str) -> nbformat.NotebookNode:
-    """Build a chapter's notebook, without outputs, from its lesson and the code. The result depends on nothing else."""
+
+@dataclass(frozen=True)
+class Section:
+    """A `##` section of a notebook: its key (the heading's number, else its words), its title, and its cells `[first, last)`."""
+
+    key: str
+    title: str
+    first: int
+    last: int
+
+
+def weave(chapter: str, sections: tuple[str, ...] = (), track: str = "all") -> nbformat.NotebookNode:
+    """Build a chapter's notebook, without outputs, from its lesson and the code. The result depends on nothing else.
+
+    With `sections` only those, between the opening and the closing one; with `track="core"` without the cells tagged `extra`.
+    Raises CompanionError for a section or track that does not exist.
+    """
     lesson = jupytext.read(lesson_path(chapter), fmt="md:myst")
-    seen: dict[str, str] = {}  # name -> where it came from, for everything the notebook has imported or defined so far
-    cells = []
-    for number, cell in enumerate(lesson.cells):
-        source, tags = cell.source, cell.metadata.get("tags", [])
-        if "weave" in tags:
-            source = weave_cell(source, seen)
-        elif cell.cell_type == "code":
-            _note_imports(ast.parse(source), seen)
-        make = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
-        cells.append(make(source, id=f"cell-{number:03d}", metadata={"tags": tags} if tags else {}))
+    opening: dict[str, str] = {}  # name -> where it came from, for what the opening imported or defined
+    seen, cells, in_opening = opening, [], True
+    marks = {"## ": "core", "### ": "core"}
+    for cell in split_at_headings(lesson.cells):
+        if cell.cell_type == "markdown":
+            if cell.source.startswith("## "):
+                seen, in_opening = dict(opening), False  # every section starts afresh from the opening
+            marks = track_after(cell.source, marks)
+            cell.source = "\n".join(line for line in cell.source.splitlines() if not TRACK.match(line))
+        tags = list(cell.metadata.get("tags", [])) + (["extra"] if marks["### "] == "extra" else [])
+        cells += woven_cells(cell, tags, opening if in_opening else seen)
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number:03d}"
     metadata = {
         "kernelspec": KERNEL,
         "language_info": {"name": "python"},
         "companion": {"lesson": f"lessons/{chapter}/{chapter}.md"},
     }
-    return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+    return choose(nbformat.v4.new_notebook(cells=cells, metadata=metadata), sections, track)
 
 
-def weave_cell(source: str, seen: dict[str, str]) -> str:
-    """Replace `from module import a, b` by the source of a and b and the imports they need."""
+def split_at_headings(cells: list[nbformat.NotebookNode]) -> Iterator[nbformat.NotebookNode]:
+    """Markdown cells cut so that every `##` and `###` heading begins one; code cells as they are."""
+    for cell in cells:
+        if cell.cell_type != "markdown":
+            yield cell
+            continue
+        pieces, fenced = [[]], False
+        for line in cell.source.splitlines():
+            fenced ^= line.startswith("```")
+            if HEADING.match(line) and not fenced and pieces[-1]:
+                pieces.append([])
+            pieces[-1].append(line)
+        for lines in pieces:
+            if any(line.strip() for line in lines):
+                yield nbformat.v4.new_markdown_cell("\n".join(lines).strip("\n"), metadata=dict(cell.metadata))
+
+
+def track_after(source: str, before: dict[str, str]) -> dict[str, str]:
+    """The tracks of the present section and subsection after a Markdown cell: a heading may carry a marker in its next line."""
+    lines = source.splitlines()
+    if not lines or not HEADING.match(lines[0]):
+        return before
+    marked = TRACK.match(lines[1]) if len(lines) > 1 else None
+    if lines[0].startswith("## "):
+        track = marked[1] if marked else "core"
+        return {"## ": track, "### ": track}
+    return {**before, "### ": marked[1] if marked else before["## "]}
+
+
+def woven_cells(cell: nbformat.NotebookNode, tags: list[str], seen: dict[str, str]) -> list[nbformat.NotebookNode]:
+    """The notebook cells of one lesson cell: itself, or one per woven definition."""
+    if cell.cell_type == "markdown":
+        return [nbformat.v4.new_markdown_cell(cell.source, metadata={"tags": tags} if tags else {})]
+    if "weave" in tags:
+        rest = [tag for tag in tags if tag != "weave"]
+        imports, blocks = weave_cell(cell.source, seen)
+        sources = [(imports, "woven-imports")] * bool(imports) + [(block, "woven") for block in blocks]
+        return [nbformat.v4.new_code_cell(source, metadata={"tags": [tag, *rest]}) for source, tag in sources]
+    _note_imports(ast.parse(cell.source), seen)
+    hidden = {"jupyter": {"source_hidden": True}} if "hide-input" in tags else {}
+    return [nbformat.v4.new_code_cell(cell.source, metadata={**({"tags": tags} if tags else {}), **hidden})]
+
+
+def weave_cell(source: str, seen: dict[str, str]) -> tuple[str, list[str]]:
+    """For `from module import a, b`: the imports that their sources need, and the source of each definition."""
     statements = ast.parse(source).body
     plain = [isinstance(node, ast.ImportFrom) and not any(alias.asname for alias in node.names) for node in statements]
     if not plain or not all(plain):
@@ -73,11 +136,24 @@ def weave_cell(source: str, seen: dict[str, str]) -> str:
     imports, blocks = [], []
     for module, names in wanted:
         path = Path(importlib.util.find_spec(module).origin)
-        tree, text = ast.parse(path.read_text(encoding="utf-8")), path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
         segments = list(dict.fromkeys(_definition(tree, text, name, module) for name in names))
         imports += _needed_imports(tree, "\n".join(segments), module, seen)
-        blocks.append(f"# source: {path.relative_to(ROOT)}\n" + "\n\n\n".join(segments))
-    return "\n\n\n".join((["\n".join(_sorted(imports))] if imports else []) + blocks)
+        blocks += [f"# source: {path.relative_to(ROOT)}\n{segment}" for segment in together(segments)]
+    return "\n".join(_sorted(imports)), blocks
+
+
+def together(segments: list[str]) -> list[str]:
+    """Constants of a line or two share a cell; everything else has its own."""
+    cells: list[str] = []
+    for segment in segments:
+        small = not segment.startswith(("def ", "class ", "@")) and segment.count("\n") < 2
+        if small and cells and not cells[-1].startswith(("def ", "class ", "@")):
+            cells[-1] += f"\n{segment}"
+        else:
+            cells.append(segment)
+    return cells
 
 
 def _sorted(imports: list[str]) -> list[str]:
@@ -91,13 +167,28 @@ def _sorted(imports: list[str]) -> list[str]:
 
 
 def _definition(tree: ast.Module, text: str, name: str, module: str) -> str:
-    """The source of a top-level function, class or constant, with its decorators."""
-    lines = text.splitlines()
+    """The source of a top-level function, class or constant, with its decorators, its docstrings folded."""
     for node in tree.body:
         if name in _bound_names(node) and not isinstance(node, ast.Import | ast.ImportFrom):
-            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-            return "\n".join(lines[first - 1 : node.end_lineno])
+            return fold_docstrings(node, text.splitlines())
     raise CompanionError(f"{module} defines no {name}: a lesson weaves what is not there")
+
+
+def fold_docstrings(node: ast.stmt, lines: list[str]) -> str:
+    """A definition's source with each docstring cut to its first paragraph: the lesson around it says the rest."""
+    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+    dropped: set[int] = set()
+    replaced: dict[int, str] = {}
+    for inner in ast.walk(node):
+        documented = isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner, clean=False)
+        if not documented or "\n\n" not in documented:
+            continue
+        literal = inner.body[0].value
+        blank = next(n for n in range(literal.lineno, literal.end_lineno) if not lines[n].strip())  # 0-based index of the gap
+        dropped |= set(range(blank + 1, literal.end_lineno + 1))
+        replaced[blank] = lines[blank - 1] + '"""'
+    kept = [replaced.get(number, lines[number - 1]) for number in range(first, node.end_lineno + 1) if number not in dropped]
+    return "\n".join(kept)
 
 
 def _bound_names(node: ast.stmt) -> set[str]:
@@ -159,118 +250,70 @@ def out_of_step(chapter: str) -> str | None:
     return None
 
 
-# --- run ------------------------------------------------------------------------------------------------------------
+# --- sections -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Outcome:
-    """How one chapter's run ended."""
-
-    chapter: str
-    notebook: Path
-    ok: bool
-    skipped: bool = False
-    message: str = ""
+def section_key(title: str) -> str:
+    """`3 Pruning while training` is `3`; `How to read the board` is `how-to-read-the-board`."""
+    number = re.match(r"\d+", title)
+    return number[0] if number else "-".join(re.findall(r"[a-z0-9]+", title.lower()))
 
 
-@dataclass
-class Request:
-    """What to run and where to put it; `parameters` are papermill's (PROFILE, MODEL, DATASET, SEED, DEVICE)."""
-
-    out: Path
-    profile: str = "cpu"
-    parameters: dict = field(default_factory=dict)
-    resume: bool = False
+def sections(notebook: nbformat.NotebookNode) -> list[Section]:
+    """The opening and the `##` sections of a notebook, in order."""
+    starts = [(0, OPENING)] + [(i, cell.source.splitlines()[0][3:].strip()) for i, cell in enumerate(notebook.cells)
+                               if cell.cell_type == "markdown" and cell.source.startswith("## ")]  # fmt: skip
+    ends = [first for first, _ in starts[1:]] + [len(notebook.cells)]
+    return [Section(section_key(title), title, first, last) for (first, title), last in zip(starts, ends, strict=True)]
 
 
-def source_key(chapter: str) -> str:
-    """Hash of everything a chapter's run is made from: its lesson and the whole package."""
-    files = [lesson_path(chapter), *sorted((ROOT / "utils").rglob("*.py")), *sorted((ROOT / "utils").rglob("*.csv"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+def closing(notebook: nbformat.NotebookNode, section: Section) -> bool:
+    """Whether a section closes the board."""
+    return any(cell.cell_type == "code" and "board.close()" in cell.source for cell in notebook.cells[section.first : section.last])
 
 
-def run_chapter(chapter: str, request: Request, on_progress: Callable[[str], None] = lambda what: None) -> Outcome:
-    """Weave and execute one chapter in a process of its own.
-
-    The notebook appears as `<out>/<chapter>.ipynb` once it ran to its end; a failed one is kept as
-    `<chapter>.failed.ipynb`. With `resume`, a chapter already finished from the same sources and parameters is skipped.
-    """
-    final = request.out / f"{chapter}.ipynb"
-    stamp = {"profile": request.profile, "parameters": request.parameters, "source": source_key(chapter)}
-    if request.resume and _finished(final, stamp):
-        return Outcome(chapter, final, ok=True, skipped=True)
-    request.out.mkdir(parents=True, exist_ok=True)
-    woven, running = request.out / f".{chapter}.woven.ipynb", request.out / f".{chapter}.running.ipynb"
-    progress = request.out / f".{chapter}.progress"
-    progress.write_text("")
-    notebook = weave(chapter)
-    notebook.metadata["companion"] |= stamp
-    nbformat.write(notebook, woven)
-    environment = {**os.environ, "COMPANION_OUT": str(request.out.resolve()), "COMPANION_PROFILE": request.profile,
-                   "COMPANION_PROGRESS": str(progress.resolve()), "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}  # fmt: skip
-    arguments = [a for name, value in request.parameters.items() for a in ("-p", name, str(value))]
-    command = [sys.executable, "-m", "papermill", str(woven), str(running), "-k", "python3", "--no-progress-bar",
-               "--no-log-output", "--cwd", str(NOTEBOOKS), *arguments]  # fmt: skip
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        stderr = _wait(process, progress, on_progress)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        for leftover in (woven, progress):
-            leftover.unlink(missing_ok=True)
-    if process.returncode == 0:
-        _tidy(running)
-        os.replace(running, final)
-        return Outcome(chapter, final, ok=True)
-    failed = request.out / f"{chapter}.failed.ipynb"
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(running, failed)
-    return Outcome(chapter, failed, ok=False, message=_error_message(failed, stderr))
+def choose(notebook: nbformat.NotebookNode, wanted: tuple[str, ...], track: str) -> nbformat.NotebookNode:
+    """A notebook cut to some of its sections and to a track. Raises CompanionError for what it does not have."""
+    if track not in ("all", "core"):
+        raise CompanionError(f"unknown track {track!r}: choose all or core")
+    found = sections(notebook)
+    unknown = set(wanted) - {section.key for section in found}
+    if unknown:
+        raise CompanionError(f"no section {', '.join(sorted(unknown))}: choose from {', '.join(s.key for s in found[1:])}")
+    chosen = [s for s in found if not wanted or s.key in (OPENING, *wanted) or closing(notebook, s)]
+    cells = [cell for section in chosen for cell in notebook.cells[section.first : section.last]]
+    notebook.cells = [cell for cell in cells if track == "all" or "extra" not in cell.metadata.get("tags", [])]
+    return notebook
 
 
-def _wait(process: subprocess.Popen, progress: Path, on_progress: Callable[[str], None]) -> str:
-    shown = 0
-    while True:
-        try:
-            return process.communicate(timeout=0.5)[1]
-        except subprocess.TimeoutExpired:
-            lines = progress.read_text(encoding="utf-8").splitlines()
-            for line in lines[shown:]:
-                on_progress(line)
-            shown = len(lines)
+def undefined_names(notebook: nbformat.NotebookNode) -> list[str]:
+    """Names that a section uses although neither the opening nor the section itself, up to there, defines them."""
+    problems: list[str] = []
+    opening: set[str] = set(dir(builtins)) | {"display", "get_ipython"}
+    for section in sections(notebook):
+        defined = set(opening)
+        for cell in notebook.cells[section.first : section.last]:
+            if cell.cell_type == "code":
+                bound, used = names_of(cell.source)
+                problems += [f"section {section.key}: {name}" for name in sorted(used - defined - bound)]
+                defined |= bound
+        if section.key == OPENING:
+            opening = defined
+    return problems
 
 
-def _finished(path: Path, stamp: dict) -> bool:
-    if not path.is_file():
-        return False
-    found = nbformat.read(path, as_version=4).metadata.get("companion", {})
-    return {name: found.get(name) for name in stamp} == stamp
+def names_of(source: str) -> tuple[set[str], set[str]]:
+    """Names that a cell binds at its top level, and names that it takes from outside (in its functions, too)."""
+    table = symtable.symtable(source, "cell", "exec")
+    bound = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+
+    def used(scope: symtable.SymbolTable) -> set[str]:
+        own = {symbol.get_name() for symbol in scope.get_symbols() if symbol.is_referenced() and (scope is table or symbol.is_global())}
+        return own.union(*(used(child) for child in scope.get_children()))
+
+    return bound, used(table) - {name for name in used(table) if name.startswith(".")}
 
 
-def _tidy(path: Path) -> None:
-    """Drop papermill's timestamps and local paths, which would make every rerun a diff."""
-    notebook = nbformat.read(path, as_version=4)
-    notebook.metadata.pop("papermill", None)
-    for cell in notebook.cells:
-        for name in ("papermill", "execution"):
-            cell.metadata.pop(name, None)
-    nbformat.write(notebook, path)
-
-
-def _error_message(failed: Path, stderr: str) -> str:
-    """The exception that stopped the notebook, in one line."""
-    if failed.is_file():
-        for cell in nbformat.read(failed, as_version=4).cells:
-            for output in cell.get("outputs", []):
-                if output.output_type == "error":
-                    return f"{output.ename}: {output.evalue}"
-    return (stderr.strip().splitlines() or ["papermill ended without a message"])[-1]
-
-
-def results(out: Path, profile: str) -> list[dict]:
-    """The results files of a run, chapter by chapter. Raises CompanionError where there are none."""
-    paths = sorted((out / "results" / profile).glob("*.json"))
-    if not paths:
-        raise CompanionError(f"no results of profile {profile!r} under {out}: run `companion run --profile {profile}` first")
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+def core_copy(source: Path, target: Path) -> None:
+    """A committed notebook cut to its core track, outputs included: what the regression test executes."""
+    nbformat.write(choose(nbformat.read(source, as_version=4), (), "core"), target)

@@ -5,105 +5,174 @@ import math
 
 import pytest
 import torch
-from utils.pruning.surgery import remove_layers
 
-from utils import artifacts
-from utils.board import RowRefused, flatten
+from utils import CompanionError, encodings
+from utils.baseline import dense_control
+from utils.board import Board, RowRefused, flatten
+from utils.claims import Evidence, exact
+from utils.metrics import Estimate
 from utils.pruning.magnitude import magnitude_masks
-from utils.pruning.masks import apply_masks
+from utils.pruning.masks import apply_masks, hold_masks, release_masks
+from utils.structure import remove_layers
 
-ROW_FIELDS = {
-    "method", "label", "hyperparameters", "seed", "control_of", "accuracy", "accuracy_ci95", "drop", "drop_ci95", "label_loyalty",
-    "probability_loyalty", "parameters", "nonzero_parameters", "parameters_without_embeddings", "stored_bytes",
-    "stored_bytes_without_embeddings", "macs", "latency_ratio", "peak_memory_bytes", "train_seconds", "simulated", "effect",
-}  # fmt: skip
+
+def half(model) -> None:
+    apply_masks(model, magnitude_masks(model, 0.5))
 
 
 def test_a_method_that_changes_nothing_is_refused(board):
     with pytest.raises(RowRefused, match=r"changed nothing: all [\d,]+ weights equal the baseline's"):
-        board.measure(board.fresh(), method="P-03", label="nothing")
+        board.put(board.fresh(), "P-03", "nothing")
 
 
 def test_numbers_that_are_not_finite_are_refused(board):
-    model = board.fresh()
-    apply_masks(model, magnitude_masks(model, 0.5))
     with pytest.raises(RowRefused, match="not finite"):
-        board.measure(model, method="P-03", label="broken", train_seconds=math.nan)
+        board.put(board.trial(half), "P-03", "broken", effect={"share": math.nan})
 
 
 def test_an_artifact_that_disagrees_is_refused(board):
-    model = board.fresh()
+    trial = board.trial(half)
     name = "bert.encoder.layer.0.intermediate.dense.weight"
-    wrong = {name: artifacts.dense(torch.zeros_like(model.get_parameter(name)))}
+    trial.encoded[name] = encodings.dense(torch.zeros_like(trial.model.get_parameter(name)))
     with pytest.raises(RowRefused, match="reloaded artifact disagrees"):
-        board.measure(model, method="P-03", label="wrong file", encoded=wrong)
+        board.put(trial, "P-03", "wrong file")
 
 
 def test_a_row_has_every_field_and_survives_json(board):
-    model = board.fresh()
-    apply_masks(model, magnitude_masks(model, 0.5))
-    row = board.measure(model, method="P-03", label="half", effect={"sparsity": 0.5})
-    assert set(row) >= ROW_FIELDS
-    assert json.loads(json.dumps(row, allow_nan=False)) == json.loads(json.dumps(row))
-    pruned = sum(p.numel() for n, p in model.named_parameters() if n.endswith("dense.weight") or ("self" in n and "weight" in n))
-    assert row["effect"]["weights_touched"] == pytest.approx(0.5 * (pruned - 384 * 384), rel=0.01)
-    assert row["stored_bytes"] < board.baseline_row["stored_bytes"]
-    assert row["accuracy"] == pytest.approx(board.percent(board.predict(model)) / 100, abs=1e-6)
-    assert row["drop"] == pytest.approx(board.baseline_row["accuracy"] - row["accuracy"], abs=2e-6)
+    board.section("1")
+    trial = board.trial(half)
+    row = board.put(trial, "P-03", "half", effect={"sparsity": 0.5}, sparsity=0.5)
+    assert json.loads(json.dumps(row.as_dict(), allow_nan=False)) == row.as_dict()
+    pruned = sum(p.numel() for n, p in trial.model.named_parameters() if n.endswith("dense.weight") or ("self" in n and "weight" in n))
+    assert row.effect["weights_touched"] == pytest.approx(0.5 * (pruned - 384 * 384), rel=0.01)
+    assert row.stored_bytes < board.baseline_row.stored_bytes
+    assert row.accuracy == pytest.approx(board.percent(trial) / 100, abs=1e-6)
+    assert row.drop == pytest.approx(board.baseline_row.accuracy - row.accuracy, abs=2e-6)
+    assert row.section == "1" and row.track == "core" and row.hyperparameters == {"sparsity": 0.5, "steps": 0}
+    assert row.against_control is None  # nothing was trained
+
+
+def test_a_mask_is_as_fast_as_the_dense_model_and_equal_structures_are_timed_once(board):
+    masked = board.put(board.trial(half), "P-03", "half again")
+    assert masked.latency_of == "baseline" and masked.latency_ratio == {"batch1": 1.0, "batch32": 1.0}
+    shallow = board.put(board.trial(lambda model: remove_layers(model, [0])), "P-23a", "first layer")
+    again = board.put(board.trial(lambda model: (remove_layers(model, [0]), half(model))), "P-23a", "first layer, pruned")
+    assert shallow.latency_of is None and shallow.latency_ratio["batch32"] > 1
+    assert again.latency_of == "first layer" and again.latency_ratio == shallow.latency_ratio
 
 
 def test_simulated_rows_claim_no_speed(board):
-    model = board.fresh()
-    remove_layers(model, [0])
-    row = board.measure(model, method="P-23a", label="simulated", simulated=True)
-    assert row["latency_ratio"] is None
-    assert board.table().loc["P-23a", "speed ×1"] == ""
+    row = board.put(board.trial(lambda model: remove_layers(model, [0])), "P-23a", "simulated", simulated=True)
+    assert row.latency_ratio is None and row.speeds() == "emulated"
 
 
 def test_fresh_copies_do_not_touch_the_baseline(board):
-    before = board.predict(board.baseline.model)
-    model = board.fresh()
-    board.recover(model, steps=1)
-    assert torch.equal(board.predict(board.baseline.model), before)
-    assert not torch.equal(board.predict(model), before)
+    before = board.predict(board.dense)
+    trial = board.trial(steps=1)
+    assert torch.equal(board.predict(board.dense), before)
+    assert not torch.equal(board.predict(trial), before)
 
 
-def test_same_seed_same_numbers(board):
-    first, second = board.fresh(), board.fresh()
-    losses = [board.recover(model, steps=2).losses for model in (first, second)]
-    assert losses[0] == losses[1]
-    assert torch.equal(board.predict(first), board.predict(second))
+def test_a_section_gives_the_same_numbers_alone(board):
+    def numbers() -> tuple:
+        board.section("3")
+        return torch.rand(1).item(), board.trial(steps=2).losses
+
+    first = numbers()
+    torch.rand(5)
+    assert numbers() == first
+
+
+def test_a_trained_row_is_held_against_the_dense_model_with_the_same_training(board):
+    trial = board.trial(lambda model: hold_masks(model, magnitude_masks(model, 0.9)), steps=2, finish=release_masks)
+    trial.recover(steps=1, learning_rate=1e-3)
+    row = board.put(trial, "P-03", "90 %, trained twice")
+    assert row.hyperparameters["steps"] == 3 and row.hyperparameters["learning_rate"] == [1e-4, 1e-3]
+    assert row.against_control["control"] == "dense, 2 steps at 0.0001, then 1 steps at 0.001"
+    control = board.trial(steps=2)
+    control.recover(steps=1, learning_rate=1e-3)
+    stored = dense_control(board.baseline, tuple(trial.phases), board.task, board.profile, board.seed)
+    assert torch.equal(board.predict(control), stored)
+    expected = board.points(trial, control)
+    assert 100 * row.against_control["difference"] == pytest.approx(expected.value, abs=1e-3)
+    assert board.put(control, "control", "dense, the same").against_control is None
+
+
+def test_a_context_holds_while_everything_is_measured_and_for_the_reloaded_artifact(board):
+    from utils import bert
+
+    def linear(model):
+        return bert.attention(model, "linear")
+
+    row = board.put(board.trial(within=linear), "L-01", "linear attention", simulated=True)
+    assert row.effect["same_weights"] and row.effect["largest_logit_difference"] > 0
+    assert row.macs != board.baseline_row.macs  # counted inside the context, where attention is another
+    assert torch.equal(board.predict(board.dense), board.baseline.logits)  # the context is gone
+
+
+def test_a_failed_method_costs_its_row_and_is_named(board, capsys):
+    with board.attempt("P-05"):
+        raise ValueError("no such thing\nsecond line")
+    assert board.failures.pop() == {"method": "P-05", "section": board._section, "error": "ValueError: no such thing"}
+    assert "P-05 FAILED" in capsys.readouterr().err
+
+
+def test_seeds_are_paired(board):
+    found = board.over_seeds({"dense": lambda seed: board.dense, "shifted": lambda seed: board.trial(steps=1, seed=seed)})
+    assert len(found["dense"]) == len(board.seeds) and found.mean("dense") == pytest.approx(100 * board.baseline_row.accuracy, abs=1e-3)
+    assert found.difference("shifted", "dense").value == pytest.approx(found.mean("shifted") - found.mean("dense"))
+
+
+def test_comparisons_are_sentences(board):
+    board.put(board.trial(lambda model: model.classifier.weight.data.neg_()), "P-03", "upside down", simulated=True)
+    board.put(board.trial(half), "P-03", "half, compared", simulated=True)
+    text = board.compare("upside down", "half, compared")
+    assert "half, compared" in text and ("better than" in text or "no difference that 32 sentences can show" in text)
+    with pytest.raises(CompanionError, match="no row is called"):
+        board.find("nobody")
+
+
+def test_claims_about_time_name_their_machine(board, capsys):
+    timed = board.claim("C2", "It is fast", "someone", "round", [Evidence("speed", exact(1.0), "below", 1.1)])
+    other = board.claim("C3", "It is small", "someone", "arithmetic", [Evidence("size", exact(1.0), "below", 1.1)])
+    assert timed.machine == board.machine and other.machine is None
+    assert board.machine in capsys.readouterr().out
+    assert set(board.verdicts().index) >= {"C2", "C3"}
+
+
+def test_the_journal_gives_back_finished_sections_only(board, tmp_path, monkeypatch):
+    journal = tmp_path / "rows.json"
+    monkeypatch.setenv("COMPANION_JOURNAL", str(journal))
+    board.section("5")
+    board.put(board.trial(lambda model: remove_layers(model, [1])), "P-23a", "in section 5")
+    board.claim("C17", "x", "y", "example", [Evidence("seen", Estimate(1.0, -math.inf, math.inf, 1), "above")])
+    board.section("6")
+    board.put(board.trial(half), "P-03", "in section 6", simulated=True)
+    monkeypatch.setenv("COMPANION_FINISHED", '["5"]')
+    again = Board.open("01_pruning", "smoke")
+    assert [row.label for row in again.rows if row.section in "56"] == ["in section 5"]
+    assert again.claims[-1] == [claim for claim in board.claims if claim.section == "5"][-1]
+    assert again.put(again.trial(lambda model: remove_layers(model, [1])), "P-23b", "the same").latency_of is not None
+    again._energy.stop()
 
 
 def test_flatten_names_nested_values():
     assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
 
 
-def test_a_context_applies_to_the_measurement_and_to_the_reloaded_artifact(board):
-    from utils.quantization.uniform import ActivationQuantizer, quantized_inputs
-
-    def coarse(model):
-        return quantized_inputs(model, lambda: ActivationQuantizer(2))
-
-    row = board.measure(board.fresh(), method="Q-17", label="2-bit activations", simulated=True, within=coarse)
-    assert row["effect"]["same_weights"] and row["effect"]["largest_logit_difference"] > 0
-    assert torch.equal(board.predict(board.baseline.model), board.baseline.logits)  # the context is gone
-
-
-def test_an_engine_is_measured_with_its_own_bytes_and_its_real_speed(board):
+def test_engines_are_rows_of_the_same_kind_timed_in_the_race(board):
     from utils.quantization.integer import float_engine
 
-    engine = float_engine(board.baseline.model)
-    row = board.measure_engine(engine, method="control", label="bfloat16", embedding_bytes=2 * 11_920_896)
-    assert set(row) >= ROW_FIELDS
-    assert row["stored_bytes"] == pytest.approx(board.baseline_row["stored_bytes"] / 2, rel=0.01)
-    assert row["latency_ratio"]["batch1"] > 0 and row["label_loyalty"] > 0.9
-    assert row["control_of"] is None
+    engine = float_engine(board.dense)
+    races = {f"batch{batch}": board.race({"bfloat16": engine}, batch) for batch in (1, 32)}
+    row = board.put(engine, "control", "bfloat16", control_of="Q-16", latency=races)
+    assert row.stored_bytes == pytest.approx(board.baseline_row.stored_bytes / 2, rel=0.01)
+    assert row.latency_ratio["batch1"] == round(races["batch1"]["bfloat16"].value, 3) and row.label_loyalty > 0.9
+    assert row.stored_bytes - row.stored_bytes_without_embeddings == 2 * 11_920_896
 
 
 def test_a_race_times_all_models_against_the_baseline(board):
-    shallow = board.fresh()
-    remove_layers(shallow, [0])
+    shallow = board.trial(lambda model: remove_layers(model, [0])).model
     found = board.race({"same": board.fresh(), "half the layers": shallow}, batch=32, rounds=9)
     assert list(found) == ["same", "half the layers"] and {e.n for e in found.values()} == {9}
     assert found["half the layers"].value > 1.15 * found["same"].value
