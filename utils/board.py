@@ -152,6 +152,7 @@ class Board:
         """Copy -> change -> recover -> finish (`utils.trials`); `start` is copied in place of the baseline, options go to `train`."""
         model = bert.fresh_copy(self.dense if start is None else start)
         trial = Trial(model, self.task, self.profile, self.seed if seed is None else seed, within or trials.as_it_is)
+        trial.from_baseline = start is None
         return trials.run(trial, change, steps, finish, **options)
 
     def over_seeds(self, runs: dict[str, Callable[[int], object]]) -> Seeds:

@@ -269,7 +269,9 @@ def sections(notebook: nbformat.NotebookNode) -> list[Section]:
 
 def closing(notebook: nbformat.NotebookNode, section: Section) -> bool:
     """Whether a section closes the board."""
-    return any(cell.cell_type == "code" and "board.close()" in cell.source for cell in notebook.cells[section.first : section.last])
+    return any(
+        cell.cell_type == "code" and "board.close()" in cell.source for cell in notebook.cells[section.first : section.last]
+    )
 
 
 def choose(notebook: nbformat.NotebookNode, wanted: tuple[str, ...], track: str) -> nbformat.NotebookNode:
@@ -308,7 +310,11 @@ def names_of(source: str) -> tuple[set[str], set[str]]:
     bound = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
 
     def used(scope: symtable.SymbolTable) -> set[str]:
-        own = {symbol.get_name() for symbol in scope.get_symbols() if symbol.is_referenced() and (scope is table or symbol.is_global())}
+        own = {
+            symbol.get_name()
+            for symbol in scope.get_symbols()
+            if symbol.is_referenced() and (scope is table or symbol.is_global())
+        }
         return own.union(*(used(child) for child in scope.get_children()))
 
     return bound, used(table) - {name for name in used(table) if name.startswith(".")}

@@ -1,25 +1,113 @@
-"""One look for all figures: colours that colour-blind readers can tell apart, units on the axes, legends beside the data."""
+"""One look for all figures: colours that colour-blind readers can tell apart, text that can be read at the width of a notebook
+(nine points or more in a column of 720 pixels), units on the axes, and a description in words computed from the data."""
 
-import re
+import html
+import io
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
 import numpy as np
 from adjustText import adjust_text
+from IPython.display import HTML, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")  # Okabe and Ito
+from utils.results import Row
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B07400", "#56B4E9", "#000000", "#7F7F7F")  # Okabe and Ito, darker yellows
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+WIDEST = 9.0  # inches; wider pictures are shrunk to the column until their text cannot be read
+DPI = 100
+SMALL = 0.9  # of the font size, for numbers inside a figure
+
+
+def font_size(width: float) -> float:
+    """Points that a picture of `width` inches needs for text of nine points or more once it is shrunk to a column of 720 pixels."""
+    return max(10.0, 1.34 * width)
 
 
 def figure(
     rows: int = 1, columns: int = 1, width: float = 6.0, height: float = 3.6, **options
 ) -> tuple[Figure, np.ndarray | Axes]:
-    """Axes in the suite's style; `width` and `height` are inches per panel."""
-    plt.rcParams.update({"axes.prop_cycle": plt.cycler(color=COLORS), "axes.grid": True, "grid.alpha": 0.3, "figure.dpi": 80,
-                         "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "font.size": 10})  # fmt: skip
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained", **options)
+    """Axes in the suite's style; `width` and `height` are inches per panel, and all panels together keep to `WIDEST`."""
+    total = min(WIDEST, width * columns)
+    plt.rcParams.update({"axes.prop_cycle": plt.cycler(color=COLORS), "axes.grid": True, "grid.alpha": 0.3, "figure.dpi": DPI,
+                         "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+                         "font.size": font_size(total), "axes.titlesize": "medium"})  # fmt: skip
+    return plt.subplots(rows, columns, figsize=(total, height * rows), layout="constrained", **options)
+
+
+def show(figure: Figure, alt: str = "") -> None:
+    """Display a figure once, with a description computed from its data (and `alt` after it).
+
+    The description is the alt text of the image, which nbconvert writes into its pages. JupyterLab ignores alt texts of images, so
+    it also follows the figure as text that can be unfolded, in every front end.
+    """
+    description = " ".join(filter(None, [describe(figure), alt]))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    plt.close(figure)
+    display({"image/png": buffer.getvalue(), "text/plain": description}, raw=True, metadata={"image/png": {"alt": description}})
+    display(HTML(f"<details><summary>The figure in words</summary>{html.escape(description)}</details>"))
+
+
+# --- a figure in words ----------------------------------------------------------------------------------------------
+
+
+def describe(figure: Figure) -> str:
+    """All panels of a figure in words: titles, axes, and for every series where it starts, ends, and lies highest and lowest."""
+    panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    title = figure.get_suptitle()
+    return " ".join(filter(None, [title and f"{title}.", *(describe_panel(axes) for axes in panels)]))
+
+
+def describe_panel(axes: Axes) -> str:
+    """One panel in words."""
+    x, y = axes.get_xlabel(), axes.get_ylabel()
+    head = f"{axes.get_title() or 'Panel'} ({' against '.join(filter(None, [y, x]))})" if x or y else axes.get_title() or "Panel"
+    lines = [describe_line(line.get_label(), line.get_xdata(), line.get_ydata()) for line in axes.lines if not_internal(line)]
+    bars = [describe_bars(container) for container in axes.containers if hasattr(container, "patches")]
+    clouds = [f"{cloud.get_label()}: {len(cloud.get_offsets())} points" for cloud in axes.collections
+              if not_internal(cloud) and hasattr(cloud, "get_offsets") and len(cloud.get_offsets())]  # fmt: skip
+    maps = [describe_map(axes, image.get_array()) for image in axes.images]
+    return f"{head}: {'; '.join([*lines, *bars, *clouds, *maps])}."
+
+
+def not_internal(artist: object) -> bool:
+    """Whether an artist has a name that a reader sees."""
+    label = str(artist.get_label())
+    return bool(label) and not label.startswith("_")
+
+
+def describe_line(name: str, x: Iterable, y: Iterable) -> str:
+    """First, last, lowest and highest value of a line."""
+    values = np.asarray(list(y), dtype=float)
+    if not np.isfinite(values).any():
+        return f"{name} without values"
+    first, last, low, high = values[0], values[-1], np.nanmin(values), np.nanmax(values)
+    return f"{name} from {first:.3g} to {last:.3g}" + (f" (lowest {low:.3g}, highest {high:.3g})" if low < min(first, last)
+                                                       or high > max(first, last) else "")  # fmt: skip
+
+
+def describe_bars(container: object) -> str:
+    """The values of a group of bars."""
+    sideways = getattr(container, "orientation", "vertical") == "horizontal"
+    values = [bar.get_width() if sideways else bar.get_height() for bar in container.patches]
+    name = f"{container.get_label()} " if not_internal(container) else ""
+    return f"{name}bars {', '.join(f'{value:.3g}' for value in values)}"
+
+
+def describe_map(axes: Axes, values: np.ndarray) -> str:
+    """Where a map is highest and lowest."""
+    values = np.ma.filled(np.ma.masked_invalid(values), np.nan)
+    names = [[label.get_text() for label in axis.get_ticklabels()] for axis in (axes.yaxis, axes.xaxis)]
+    places = [np.unravel_index(find(values), values.shape) for find in (np.nanargmin, np.nanargmax)]
+    low, high = (f"{values[place]:.3g} at {names[0][place[0]]}, {names[1][place[1]]}" if all(names) else f"{values[place]:.3g}"
+                 for place in places)  # fmt: skip
+    return f"map of {values.shape[0]} × {values.shape[1]}, lowest {low}, highest {high}"
+
+
+# --- kinds of figures -----------------------------------------------------------------------------------------------
 
 
 def legend_outside(axes: Axes, **options) -> None:
@@ -27,53 +115,70 @@ def legend_outside(axes: Axes, **options) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, **options)
 
 
-def curves(axes: Axes, x: Iterable[float], series: dict[str, list[float]], xlabel: str, ylabel: str, title: str) -> None:
-    """One line per series, told apart by colour and marker."""
+def curves(
+    axes: Axes, x: Iterable[float], series: dict[str, list[float]], xlabel: str, ylabel: str, title: str, error: float | None = None
+) -> None:
+    """One line per series, told apart by colour and marker; `error` is one standard error of a point, drawn as a band."""
+    places = list(x)
     for number, (name, values) in enumerate(series.items()):
-        style = "-" if number < 8 else "--"  # a ninth series repeats the first colour
-        axes.plot(list(x), values, style, marker=MARKERS[number % 8], color=COLORS[number % 8], markersize=5, label=name)
+        style = "-" if number < len(COLORS) else "--"  # a ninth series repeats the first colour
+        color = COLORS[number % len(COLORS)]
+        axes.plot(places, values, style, marker=MARKERS[number % len(MARKERS)], color=color, markersize=5, label=name)
+        if error is not None:
+            low, high = np.asarray(values) - error, np.asarray(values) + error
+            axes.fill_between(places, low, high, color=color, alpha=0.10, linewidth=0)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
 
 
 def heatmap(
     axes: Axes, values: np.ndarray, xlabels: list, ylabels: list, title: str, unit: str, digits: int = 2, **options
 ) -> None:
-    """A labelled matrix of numbers; `options` go to imshow."""
+    """A labelled matrix; numbers stand in it where they fit at a readable size. `options` go to imshow."""
     image = axes.imshow(values, aspect="auto", **{"cmap": "cividis", **options})
-    axes.set_xticks(range(len(xlabels)), xlabels, rotation=40, ha="right")
+    long = any(len(str(label)) > 2 for label in xlabels)
+    axes.set_xticks(range(len(xlabels)), xlabels, rotation=40 if long else 0, ha="right" if long else "center")
     axes.set_yticks(range(len(ylabels)), ylabels)
     axes.set_title(title)
     axes.grid(False)
-    crowded = len(xlabels) > 8
+    axes.figure.colorbar(image, ax=axes, label=unit, shrink=0.9)
+    size = SMALL * plt.rcParams["font.size"]
+    panels = max(1, sum(other.get_label() != "<colorbar>" for other in axes.figure.axes))
+    room = 72 * 0.62 * axes.figure.get_figwidth() / panels / len(xlabels)  # points per cell, colour bar and labels taken off
+    while digits and max(len(f"{value:.{digits}f}") for value in np.ravel(values)) * 0.6 * size > room:
+        digits -= 1
+    if max(len(f"{value:.{digits}f}") for value in np.ravel(values)) * 0.6 * size > room:
+        return
     middle = (image.norm.vmin + image.norm.vmax) / 2
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             shade = "black" if value > middle else "white"
-            text = f"{value:.{digits}f}"
-            text = re.sub(r"^(-?)0\.(?=\d\d)", r"\1.", text) if crowded else text
-            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
-    axes.figure.colorbar(image, ax=axes, label=unit, shrink=0.9)
+            axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=size, color=shade)
 
 
-def plane(
-    axes: Axes, rows: list[dict], baseline: dict, x: str, xlabel: str, title: str, families: dict[str, tuple[str, ...]]
-) -> None:
-    """Accuracy against a cost: one point per row, one colour and marker per family, the baseline as a cross.
+def plane(axes: Axes, rows: list[Row], baseline: Row, x: str, xlabel: str, title: str, families: dict[str, tuple[str, ...]]) -> None:
+    """Accuracy against a cost: one point per row, one colour and marker per family, the baseline as a cross with its interval.
 
     `x` is `stored_bytes`, or `batch1` / `batch32` of the latency ratio. `families` maps a name to method ids.
     """
+
+    def cost(row: Row) -> float | None:
+        return row.stored_bytes / 1e6 if x == "stored_bytes" else (row.latency_ratio or {}).get(x)
+
     places, names = [], []
     for number, (name, methods) in enumerate(families.items()):
-        chosen = [r for r in rows if r["method"] in methods and (x == "stored_bytes" or r["latency_ratio"])]
-        values = [r["stored_bytes"] / 1e6 if x == "stored_bytes" else r["latency_ratio"][x] for r in chosen]
-        heights = [100 * r["accuracy"] for r in chosen]
-        axes.scatter(values, heights, marker=MARKERS[number % 8], color=COLORS[number % 8], s=34, label=name, zorder=3)
-        places += zip(values, heights, strict=True)
-        names += [axes.text(value, top, r["method"][2:], fontsize=7)
-                  for r, value, top in zip(chosen, values, heights, strict=True) if r["method"] != "control"]  # fmt: skip
-    origin = baseline["stored_bytes"] / 1e6 if x == "stored_bytes" else 1.0
-    axes.scatter([origin], [100 * baseline["accuracy"]], marker="+", color="black", s=90, label="baseline", zorder=4)
-    axes.axhline(100 * baseline["accuracy"], color="black", linewidth=0.7, linestyle=":")
+        chosen = [row for row in rows if row.method in methods and cost(row) is not None]
+        heights = [100 * row.accuracy for row in chosen]
+        axes.scatter([cost(row) for row in chosen], heights, marker=MARKERS[number % 8], color=COLORS[number % 8], s=34, label=name,
+                     zorder=3)  # fmt: skip
+        places += [(cost(row), height) for row, height in zip(chosen, heights, strict=True)]
+        names += [axes.text(cost(row), height, row.method[2:], fontsize=SMALL * plt.rcParams["font.size"])
+                  for row, height in zip(chosen, heights, strict=True) if row.method != "control"]  # fmt: skip
+    low, high = (100 * end for end in baseline.accuracy_ci95)
+    origin = cost(baseline) if x == "stored_bytes" else 1.0
+    axes.axhspan(low, high, color="black", alpha=0.06, linewidth=0)
+    axes.axhline(100 * baseline.accuracy, color="black", linewidth=0.7, linestyle=":")
+    axes.scatter([origin], [100 * baseline.accuracy], marker="+", color="black", s=90, label="baseline", zorder=4)
     axes.set(xlabel=xlabel, ylabel="validation accuracy (%)", title=title)
-    axes.figure.canvas.draw()  # labels are moved on the page, so the page must be laid out
-    adjust_text(names, *zip(*places, strict=True), ax=axes, time_lim=0.25, arrowprops={"arrowstyle": "-", "color": "gray"})
+    if names:
+        axes.figure.canvas.draw()  # labels are moved on the page, so the page must be laid out
+        adjust_text(names, *zip(*places, strict=True), ax=axes, time_lim=0.25, arrowprops={"arrowstyle": "-", "color": "gray"})

@@ -41,6 +41,7 @@ class Trial:
     phases: list[Phase] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    from_baseline: bool = True  # a trial that started from another model has no dense control to stand against
 
     @property
     def steps(self) -> int:
@@ -107,4 +108,4 @@ def model_of(result: "Trial | nn.Module") -> tuple[nn.Module, Within]:
 
 def same_training(trial: "Trial | nn.Module") -> tuple[Phase, ...]:
     """The phases of training that a dense control must have had; none for a model that came without a trial."""
-    return tuple(phase for phase in trial.phases if phase[0]) if isinstance(trial, Trial) else ()
+    return tuple(phase for phase in trial.phases if phase[0]) if isinstance(trial, Trial) and trial.from_baseline else ()

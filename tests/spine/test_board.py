@@ -43,7 +43,9 @@ def test_a_row_has_every_field_and_survives_json(board):
     trial = board.trial(half)
     row = board.put(trial, "P-03", "half", effect={"sparsity": 0.5}, sparsity=0.5)
     assert json.loads(json.dumps(row.as_dict(), allow_nan=False)) == row.as_dict()
-    pruned = sum(p.numel() for n, p in trial.model.named_parameters() if n.endswith("dense.weight") or ("self" in n and "weight" in n))
+    pruned = sum(
+        p.numel() for n, p in trial.model.named_parameters() if n.endswith("dense.weight") or ("self" in n and "weight" in n)
+    )
     assert row.effect["weights_touched"] == pytest.approx(0.5 * (pruned - 384 * 384), rel=0.01)
     assert row.stored_bytes < board.baseline_row.stored_bytes
     assert row.accuracy == pytest.approx(board.percent(trial) / 100, abs=1e-6)
@@ -119,7 +121,9 @@ def test_a_failed_method_costs_its_row_and_is_named(board, capsys):
 
 def test_seeds_are_paired(board):
     found = board.over_seeds({"dense": lambda seed: board.dense, "shifted": lambda seed: board.trial(steps=1, seed=seed)})
-    assert len(found["dense"]) == len(board.seeds) and found.mean("dense") == pytest.approx(100 * board.baseline_row.accuracy, abs=1e-3)
+    assert len(found["dense"]) == len(board.seeds) and found.mean("dense") == pytest.approx(
+        100 * board.baseline_row.accuracy, abs=1e-3
+    )
     assert found.difference("shifted", "dense").value == pytest.approx(found.mean("shifted") - found.mean("dense"))
 
 
