@@ -28,8 +28,8 @@ WITH_ERRORS, FAILED = 3, 4  # exit statuses: some cells raised; the opening rais
 def execute(order: dict) -> int:
     """Run the ordered notebook and write it after every section; returns the exit status."""
     notebook = parameterize_notebook(load_notebook_node(order["woven"]), order["parameters"])
-    facts = notebook.metadata["companion"] | {"finished": [], "section_seconds": {}, "errors": []}
-    notebook.metadata["companion"] = facts
+    facts = notebook.metadata["companion"]
+    facts.update({"finished": [], "section_seconds": {}, "errors": []})
     take_back(notebook, Path(order["partial"]), order["finished"])
     client = NotebookClient(notebook, kernel_name="python3", timeout=None, resources={"metadata": {"path": order["cwd"]}})
     with client.setup_kernel():

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from utils import CompanionError
@@ -171,11 +171,19 @@ for _name, _attention in ATTENTIONS.items():
     AttentionInterface.register(_name, _attention.forward)
     AttentionMaskInterface.register(_name, padding_mask)
 STOCK = ("eager", "sdpa")
+DENSE = set(STOCK)  # attentions that form every product of length x length, and so cost what the dense one costs
+
+
+def register_dense(name: str, forward: Callable) -> None:
+    """Register an attention that computes the dense products in other numbers, for use in a context: no file can name it."""
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, eager_mask)
+    DENSE.add(name)
 
 
 def attention_macs(name: str | None, length: int, num_heads: int, head_size: int) -> int:
     """Multiply-adds of an attention core for one sequence. Raises ValueError for an attention that nobody counted."""
-    if name in STOCK:
+    if name in DENSE:
         return 2 * length * length * num_heads * head_size  # scores, and sums weighted by them
     if name not in ATTENTIONS:
         raise ValueError(f"no closed form for the attention {name!r}: give it one in utils.parts.ATTENTIONS")

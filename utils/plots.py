@@ -116,7 +116,13 @@ def legend_outside(axes: Axes, **options) -> None:
 
 
 def curves(
-    axes: Axes, x: Iterable[float], series: dict[str, list[float]], xlabel: str, ylabel: str, title: str, error: float | None = None
+    axes: Axes,
+    x: Iterable[float],
+    series: dict[str, list[float]],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    error: float | None = None,
 ) -> None:
     """One line per series, told apart by colour and marker; `error` is one standard error of a point, drawn as a band."""
     places = list(x)
@@ -155,7 +161,9 @@ def heatmap(
             axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=size, color=shade)
 
 
-def plane(axes: Axes, rows: list[Row], baseline: Row, x: str, xlabel: str, title: str, families: dict[str, tuple[str, ...]]) -> None:
+def plane(
+    axes: Axes, rows: list[Row], baseline: Row, x: str, xlabel: str, title: str, families: dict[str, tuple[str, ...]]
+) -> None:
     """Accuracy against a cost: one point per row, one colour and marker per family, the baseline as a cross with its interval.
 
     `x` is `stored_bytes`, or `batch1` / `batch32` of the latency ratio. `families` maps a name to method ids.

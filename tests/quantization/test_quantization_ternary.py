@@ -303,7 +303,7 @@ def test_ternary_attention_without_sampling_noise_is_attention(tiny, batch, monk
 @pytest.mark.parametrize("stochastic", [True, False])
 def test_ternary_activations_are_ternary_and_ignore_padding(tiny, batch, stochastic):
     seen = []
-    with torch.no_grad(), ternary.ternary_activations(tiny, slope=2.0, stochastic=stochastic), attention(tiny, "sdpa"):
+    with torch.no_grad(), ternary.ternary_activations(tiny, slope=2.0, stochastic=stochastic):
         layer = tiny.bert.encoder.layer[0]
         handles = [layer.attention.self.register_forward_hook(lambda module, inputs, output: seen.append(output[1])),
                    layer.output.dense.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))]  # fmt: skip
@@ -341,7 +341,6 @@ def test_the_hybrid_trains_and_leaves_no_trace(tiny, batch):
         cross_entropy(first, batch["labels"]).backward()
         with pytest.raises(IndexError):
             tiny(input_ids=batch["input_ids"] + 1000)
-        assert tiny.config._attn_implementation == before  # an error inside a forward pass restores it too
     assert all(w.grad.abs().sum() > 0 for w, _ in latent_weights(tiny, ternary.TWN))
     assert torch.equal(logits_of(tiny, batch), expected) and tiny.config._attn_implementation == before
     with pytest.raises(ValueError, match="positive"), ternary.ternary_activations(tiny, slope=0):

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 from torch.nn.utils import parametrize
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from utils import bert
 from utils.bert import ENCODER, matrices
 from utils.encodings import Encoded, codebook
+from utils.parts import register_dense
 from utils.quantization.binary import TINY, ConnectQuantizer, ScaledQuantizer, grouped, pass_gradient
 from utils.quantization.quantizer import Quantizer, check_weight
 
@@ -296,28 +296,12 @@ def ternary_activations(model: nn.Module, slope: float = 1.0, stochastic: bool =
     if not slope > 0:
         raise ValueError(f"slope must be positive, got {slope}")
     name = f"ternary_slope_{slope}_{'bernoulli' if stochastic else 'threshold'}"
-    AttentionInterface.register(name, partial(ternary_attention, slope=slope, stochastic=stochastic))
-    AttentionMaskInterface.register(name, eager_mask)  # without one of its own the function would get no mask at all
-    handles = use_attention(model, name)
-    for layer in model.bert.encoder.layer:
-        hook = layer.intermediate.register_forward_hook(lambda module, inputs, x: scaled_ternary_activation(x, stochastic))
-        handles.append(hook)
+    register_dense(name, partial(ternary_attention, slope=slope, stochastic=stochastic))
+    handles = [layer.intermediate.register_forward_hook(lambda module, inputs, x: scaled_ternary_activation(x, stochastic))
+               for layer in model.bert.encoder.layer]  # fmt: skip
     try:
-        yield
+        with bert.attention(model, name):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def use_attention(model: nn.Module, name: str) -> list:
-    """Run each forward pass with the named attention, whatever else the configuration (or the training loop) asks for."""
-    before = []
-
-    def enter(module: nn.Module, inputs: tuple) -> None:
-        before.append(module.config._attn_implementation)
-        module.config._attn_implementation = name
-
-    def leave(module: nn.Module, inputs: tuple, output: object) -> None:
-        module.config._attn_implementation = before.pop()
-
-    return [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from utils import bert, encodings
 from utils.bert import ENCODER, linear_matrices
 from utils.encodings import Encoded
+from utils.parts import register_dense
 from utils.quantization.quantizer import Quantizer, ascending, check_bits, check_weight, straight_through
-from utils.training import Loss, to_device
+from utils.training import to_device
 
 Range = tuple[torch.Tensor, torch.Tensor]
 RangeFunction = Callable[[torch.Tensor, int, bool], Range]
@@ -249,6 +248,25 @@ def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
 
 
+def nameable_exponents(w: torch.Tensor, count: int, round_up: bool) -> torch.Tensor:
+    """`count` exponents down from that of the largest weight, rising. `round_up`: the largest weight may be rounded up."""
+    largest = w.abs().max().clamp(min=2.0**-100)
+    top = int(power_of_two_exponent(largest, torch.zeros_like(largest) if round_up else None))
+    return torch.arange(max(top - count + 1, -126), top + 1, device=w.device)
+
+
+def round_to_powers(w: torch.Tensor, exponents: torch.Tensor, noise: torch.Tensor | None, to_zero: bool) -> torch.Tensor:
+    """Each weight as +-2^e with an e among the rising `exponents`; what is smaller than all goes to zero or to the smallest.
+
+    `noise`: uniform numbers in [0, 1) for stochastic rounding, of the shape of w; None rounds to the nearest.
+    """
+    smallest = powers_of_two(exponents[0])
+    e = power_of_two_exponent(torch.where(w == 0, smallest, w), noise).clamp(max=exponents[-1])
+    p = w.abs() / smallest  # below the smallest power: between 0 and 1
+    below = smallest * (p > (0.5 if noise is None else noise)) if to_zero else smallest
+    return torch.where(w < 0, -1.0, 1.0) * torch.where(p < 1, below, powers_of_two(e))
+
+
 class PowerOfTwoQuantizer(Quantizer):
     """Weights become +-2^e, so that a multiplication is a shift. Deterministic or stochastic. Ott et al. 2016, survey 3.3.
 
@@ -277,25 +295,13 @@ class PowerOfTwoQuantizer(Quantizer):
 
     def exponents(self, w: torch.Tensor) -> torch.Tensor:
         """The exponents that the codes can name, rising, (count,)."""
-        count = 2 ** (self.bits - 1) - (self.underflow == "zero")
-        largest = w.abs().max().clamp(min=2.0**-100)
-        always_up = torch.zeros_like(largest) if self.stochastic else None
-        top = int(power_of_two_exponent(largest, always_up))
-        return torch.arange(max(top - count + 1, -126), top + 1, device=w.device)
+        return nameable_exponents(w, 2 ** (self.bits - 1) - (self.underflow == "zero"), self.stochastic)
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Every weight rounded to 0 or +-2^e."""
         check_weight(weight)
         w = weight.detach().float()
-        exponents, noise = self.exponents(w), self.noise(w)
-        smallest = powers_of_two(exponents[0])
-        e = power_of_two_exponent(torch.where(w == 0, smallest, w), noise).clamp(max=exponents[-1])
-        magnitude = powers_of_two(e)
-        p = w.abs() / smallest  # below the smallest power: between 0 and 1
-        kept = p > (0.5 if noise is None else noise)
-        below = smallest * kept if self.underflow == "zero" else smallest
-        sign = torch.where(w < 0, -1.0, 1.0)
-        return (sign * torch.where(p < 1, below, magnitude)).to(weight.dtype)
+        return round_to_powers(w, self.exponents(w), self.noise(w), self.underflow == "zero").to(weight.dtype)
 
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Packed codes into the at most 2^bits levels."""
@@ -477,9 +483,7 @@ def quantized_attention_forward(
     return output.transpose(1, 2).contiguous(), probabilities
 
 
-AttentionInterface.register(QUANTIZED_ATTENTION, quantized_attention_forward)
-# Without a mask function of the same name the attention function would get no mask, and attend to padding.
-AttentionMaskInterface.register(QUANTIZED_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+register_dense(QUANTIZED_ATTENTION, quantized_attention_forward)
 
 
 @contextlib.contextmanager
@@ -513,13 +517,3 @@ def quantized_matmuls(
     """
     with quantized_inputs(model, make, ENCODER, batches) as inputs, quantized_attention(model, make, batches) as operands:
         yield {**inputs, **operands}
-
-
-def keep_quantized_attention(loss: Loss) -> Loss:
-    """The same loss with quantized attention: the training loop picks an attention of its own, and would pass it by."""
-
-    def quantized(model: nn.Module, batch: dict) -> torch.Tensor:
-        with bert.attention(model, QUANTIZED_ATTENTION):
-            return loss(model, batch)
-
-    return quantized
