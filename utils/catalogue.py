@@ -104,7 +104,7 @@ def tracks(chapter: str) -> dict[str, str]:
 def find_tests() -> dict[str, list[str]]:
     """Test functions per method id, read from their `@pytest.mark.method("...")` markers."""
     found: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 for id in _marked(node):

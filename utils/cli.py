@@ -132,10 +132,13 @@ def weave(
     """Build notebooks (without outputs) from lessons and code, or check that the committed ones match."""
     from utils import notebooks
 
-    problems = []
+    problems, stale = [], notebooks.stale()
     for name in notebooks.check_chapters(chapters or []):
         if check:
-            problems += [problem for problem in [notebooks.out_of_step(name)] if problem]
+            problem = notebooks.out_of_step(name)
+            if problem and name in stale:
+                errors.print(escape(f"warning: {name} is stale: {stale[name]}"), highlight=False)
+            problems += [problem] if problem and name not in stale else []
             continue
         path = notebooks.NOTEBOOKS / f"{name}.ipynb"
         if notebooks.out_of_step(name) is None:
