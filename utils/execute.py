@@ -6,6 +6,8 @@ must not cost the others. The parent holds the other end of standard input: when
 this process go with it.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -16,27 +18,28 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import DeadKernelError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from utils import cache, notebooks
 
 WITH_ERRORS, FAILED = 3, 4  # exit statuses: some cells raised; the opening raised, or the kernel died
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
 def execute(order: dict) -> int:
     """Run the ordered notebook and write it after every section; returns the exit status."""
-    notebook = parameterize_notebook(load_notebook_node(order["woven"]), order["parameters"])
+    notebook = prepare(order)
     facts = notebook.metadata["companion"]
-    facts.update({"finished": [], "section_seconds": {}, "errors": []})
-    take_back(notebook, Path(order["partial"]), order["finished"])
-    client = NotebookClient(notebook, kernel_name="python3", timeout=None, resources={"metadata": {"path": order["cwd"]}})
-    with client.setup_kernel():
-        own_kernel(client.km.provisioner.process.pid)
+    client = NotebookClient(notebook, kernel_name="python3", timeout=None, allow_errors=True, record_timing=False,
+                            coalesce_streams=True, resources={"metadata": {"path": order["cwd"]}})  # fmt: skip
+    threading.Thread(target=die_with_parent, args=[client], daemon=True).start()
+    with client.setup_kernel(**start_options()):
         for section in notebooks.sections(notebook):
             if section.key in order["finished"]:
                 continue
+            report(order, f"section {section.key}")
             started, before = time.perf_counter(), len(facts["errors"])
             died = run_section(client, section, facts["errors"])
             facts["section_seconds"][section.key] = round(time.perf_counter() - started, 1)
@@ -48,49 +51,81 @@ def execute(order: dict) -> int:
     return WITH_ERRORS if facts["errors"] else 0
 
 
-def run_section(client: NotebookClient, section: notebooks.Section, errors: list[dict]) -> bool:
-    """Execute a section's cells, noting errors; returns whether the kernel died."""
-    for index in range(section.first, section.last):
-        try:
-            client.execute_cell(client.nb.cells[index], index)
-        except CellExecutionError as error:
-            errors.append({"section": section.key, "error": f"{error.ename}: {(error.evalue.splitlines() or [''])[0]}"})
-            if section.key == notebooks.OPENING:
-                return False
-        except DeadKernelError:
-            errors.append({"section": section.key, "error": "the kernel died (out of memory?)"})
-            return True
-    return False
+def prepare(order: dict) -> nbformat.NotebookNode:
+    """The notebook with its parameters, and with what an interrupted run had finished."""
+    notebook = parameterize_notebook(load_notebook_node(order["woven"]), order["parameters"])
+    for cell in notebook.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.id = "injected-parameters"  # papermill draws a new one every time
+    notebook.metadata["companion"].update({"finished": [], "section_seconds": {}, "errors": []})
+    if order["finished"]:
+        take_back(notebook, Path(order["partial"]), order["finished"])
+    return notebook
 
 
 def take_back(notebook: nbformat.NotebookNode, partial: Path, finished: list[str]) -> None:
     """Fill finished sections with the cells, outputs included, that an interrupted run left."""
-    if not finished:
-        return
     earlier = nbformat.read(partial, as_version=4)
     kept = {section.key: earlier.cells[section.first : section.last] for section in notebooks.sections(earlier)}
     for section in notebooks.sections(notebook):
         if section.key in finished:
             notebook.cells[section.first : section.last] = kept[section.key]
-            notebook.metadata["companion"]["finished"].append(section.key)
     told = earlier.metadata["companion"]
-    notebook.metadata["companion"]["section_seconds"] = {key: told["section_seconds"][key] for key in finished}
-    notebook.metadata["companion"]["errors"] = [error for error in told["errors"] if error["section"] in finished]
+    notebook.metadata["companion"].update({
+        "finished": list(finished),
+        "section_seconds": {key: told["section_seconds"][key] for key in finished},
+        "errors": [error for error in told["errors"] if error["section"] in finished],
+    })  # fmt: skip
 
 
-def own_kernel(pid: int) -> None:
-    """From now on the kernel (and what it started) dies as soon as the parent closes its end of our standard input."""
-
-    def watch() -> None:
-        while os.read(0, 1):  # the descriptor itself: a buffered reader would hold a lock when the process ends
-            pass
-        end = getattr(os, "killpg", os.kill)
+def run_section(client: NotebookClient, section: notebooks.Section, errors: list[dict]) -> bool:
+    """Execute a section's cells, noting errors; returns whether the kernel died. The opening ends at its first error."""
+    for index in range(section.first, section.last):
+        cell = client.nb.cells[index]
         try:
-            end(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
-        finally:
+            client.execute_cell(cell, index)
+        except DeadKernelError:
+            errors.append({"section": section.key, "error": "the kernel died (out of memory?)"})
+            return True
+        raised = [output for output in cell.get("outputs", []) if output.output_type == "error"]
+        if raised and "raises-exception" not in cell.metadata.get("tags", []):
+            said = f"{raised[0].ename}: {(raised[0].evalue.splitlines() or [''])[0]}"
+            errors.append({"section": section.key, "error": said})
+            if section.key == notebooks.OPENING:
+                return False
+    return False
+
+
+def report(order: dict, what: str) -> None:
+    """Tell the parent what is under way; the board adds the methods."""
+    with contextlib.suppress(OSError), open(order["progress"], "a", encoding="utf-8") as file:
+        file.write(what + "\n")
+
+
+# --- no kernel is left behind ---------------------------------------------------------------------------------------
+
+
+def die_with_parent(client: NotebookClient) -> None:
+    """Wait until the parent's end of our standard input closes; then the kernel, what it started, and this process die."""
+    while os.read(0, 1):  # the descriptor itself: a buffered reader would hold a lock when the process ends
+        pass
+    with contextlib.suppress(Exception):  # there may be no kernel yet, or none any more
+        getattr(os, "killpg", os.kill)(client.km.provisioner.process.pid, KILL)
+    os._exit(FAILED)
+
+
+def start_options() -> dict:
+    """On Linux, have the system kill the kernel when this process is killed. Elsewhere ipykernel looks for its parent every second."""
+    if not sys.platform.startswith("linux"):
+        return {}
+    set_option, death_signal, parent = ctypes.CDLL(None).prctl, 1, os.getpid()
+
+    def before_the_kernel_starts() -> None:
+        set_option(death_signal, KILL)
+        if os.getppid() != parent:
             os._exit(FAILED)
 
-    threading.Thread(target=watch, daemon=True).start()
+    return {"preexec_fn": before_the_kernel_starts}
 
 
 if __name__ == "__main__":

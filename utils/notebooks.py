@@ -35,13 +35,14 @@ def check_chapters(names: list[str]) -> list[str]:
         if len(matching) != 1:
             raise CompanionError(f"unknown chapter {name!r}: choose from {', '.join(known)}")
         found += matching
-    return found or known
+    return list(dict.fromkeys(found)) or known
 
 
 # --- weave ----------------------------------------------------------------------------------------------------------
 
 HEADING = re.compile(r"^#{2,3} ")
 TRACK = re.compile(r"^<!-- (core|extra) -->$")
+FENCE = re.compile(r"`{3,}|~{3,}")
 OPENING = "opening"
 
 
@@ -62,25 +63,35 @@ def weave(chapter: str, sections: tuple[str, ...] = (), track: str = "all") -> n
     Raises CompanionError for a section or track that does not exist.
     """
     lesson = jupytext.read(lesson_path(chapter), fmt="md:myst")
-    opening: dict[str, str] = {}  # name -> where it came from, for what the opening imported or defined
-    seen, cells, in_opening = opening, [], True
-    marks = {"## ": "core", "### ": "core"}
+    known: dict[str, dict[str, str]] = {"core": {}, "extra": {}}  # per track: name -> where it was imported or woven from
+    opening, cells, marks = None, [], {"## ": "core", "### ": "core"}
     for cell in split_at_headings(lesson.cells):
         if cell.cell_type == "markdown":
-            if cell.source.startswith("## "):
-                seen, in_opening = dict(opening), False  # every section starts afresh from the opening
-            marks = track_after(cell.source, marks)
-            cell.source = "\n".join(line for line in cell.source.splitlines() if not TRACK.match(line))
-        tags = list(cell.metadata.get("tags", [])) + (["extra"] if marks["### "] == "extra" else [])
-        cells += woven_cells(cell, tags, opening if in_opening else seen)
-    for number, cell in enumerate(cells):
-        cell.id = f"cell-{number:03d}"
+            if cell.source.startswith("## "):  # every section starts afresh from the opening
+                opening = known["core"] if opening is None else opening
+                known = {"core": dict(opening), "extra": dict(opening)}
+            marks, cell.source = read_track(cell.source, marks)
+        tags = list(cell.metadata.get("tags", [])) + ["extra"] * (marks["### "] == "extra")
+        before = dict(known["core"])
+        cells += woven_cells(cell, tags, known[marks["### "]])
+        known["extra"] |= dict(known["core"].items() - before.items())  # not the other way: core must do without extra
     metadata = {
         "kernelspec": KERNEL,
         "language_info": {"name": "python"},
         "companion": {"lesson": f"lessons/{chapter}/{chapter}.md"},
     }
-    return choose(nbformat.v4.new_notebook(cells=cells, metadata=metadata), sections, track)
+    return choose(name_cells(nbformat.v4.new_notebook(cells=cells, metadata=metadata)), sections, track)
+
+
+def name_cells(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Ids that change only where a section changes: its key and a running number. CompanionError where two sections share a key."""
+    found = sections(notebook)
+    for section in found:
+        if sum(other.key == section.key for other in found) > 1:
+            raise CompanionError(f"two sections have the key {section.key!r}: number their headings differently")
+        for number, cell in enumerate(notebook.cells[section.first : section.last]):
+            cell.id = f"{section.key[:56]}-{number:03d}"
+    return notebook
 
 
 def split_at_headings(cells: list[nbformat.NotebookNode]) -> Iterator[nbformat.NotebookNode]:
@@ -89,10 +100,14 @@ def split_at_headings(cells: list[nbformat.NotebookNode]) -> Iterator[nbformat.N
         if cell.cell_type != "markdown":
             yield cell
             continue
-        pieces, fenced = [[]], False
+        pieces, fence = [[]], ""
         for line in cell.source.splitlines():
-            fenced ^= line.startswith("```")
-            if HEADING.match(line) and not fenced and pieces[-1]:
+            mark = FENCE.match(line.strip())
+            if mark and not fence:
+                fence = mark[0]
+            elif mark and line.strip() == mark[0] and mark[0].startswith(fence):  # closed by as many of the same sign, or more
+                fence = ""
+            if HEADING.match(line) and not fence and pieces[-1]:
                 pieces.append([])
             pieces[-1].append(line)
         for lines in pieces:
@@ -100,30 +115,38 @@ def split_at_headings(cells: list[nbformat.NotebookNode]) -> Iterator[nbformat.N
                 yield nbformat.v4.new_markdown_cell("\n".join(lines).strip("\n"), metadata=dict(cell.metadata))
 
 
-def track_after(source: str, before: dict[str, str]) -> dict[str, str]:
-    """The tracks of the present section and subsection after a Markdown cell: a heading may carry a marker in its next line."""
-    lines = source.splitlines()
-    if not lines or not HEADING.match(lines[0]):
-        return before
-    marked = TRACK.match(lines[1]) if len(lines) > 1 else None
-    if lines[0].startswith("## "):
+def read_track(source: str, before: dict[str, str]) -> tuple[dict[str, str], str]:
+    """The tracks of section and subsection after a Markdown cell, and the cell without its marker.
+
+    Raises CompanionError for a marker that does not stand directly under a heading.
+    """
+    first, *rest = source.splitlines() or [""]
+    marked = TRACK.match(rest[0]) if rest and HEADING.match(first) else None
+    rest = rest[1:] if marked else rest
+    if any(TRACK.match(line) for line in [first, *rest]):
+        raise CompanionError(f"a track marker must stand directly under a heading, not in: {source[:80]!r}")
+    tracks = before
+    if first.startswith("## "):
         track = marked[1] if marked else "core"
-        return {"## ": track, "### ": track}
-    return {**before, "### ": marked[1] if marked else before["## "]}
+        tracks = {"## ": track, "### ": track}
+    elif first.startswith("### "):
+        tracks = {**before, "### ": marked[1] if marked else before["## "]}
+    return tracks, "\n".join([first, *rest])
 
 
 def woven_cells(cell: nbformat.NotebookNode, tags: list[str], seen: dict[str, str]) -> list[nbformat.NotebookNode]:
-    """The notebook cells of one lesson cell: itself, or one per woven definition."""
+    """The notebook cells of one lesson cell: itself, or one per woven definition. A hidden input stays in the notebook, folded."""
+    hidden = {"jupyter": {"source_hidden": True}} if "hide-input" in tags and cell.cell_type == "code" else {}
+    metadata = {**({"tags": tags} if tags else {}), **hidden}
     if cell.cell_type == "markdown":
-        return [nbformat.v4.new_markdown_cell(cell.source, metadata={"tags": tags} if tags else {})]
-    if "weave" in tags:
-        rest = [tag for tag in tags if tag != "weave"]
-        imports, blocks = weave_cell(cell.source, seen)
-        sources = [(imports, "woven-imports")] * bool(imports) + [(block, "woven") for block in blocks]
-        return [nbformat.v4.new_code_cell(source, metadata={"tags": [tag, *rest]}) for source, tag in sources]
-    _note_imports(ast.parse(cell.source), seen)
-    hidden = {"jupyter": {"source_hidden": True}} if "hide-input" in tags else {}
-    return [nbformat.v4.new_code_cell(cell.source, metadata={**({"tags": tags} if tags else {}), **hidden})]
+        return [nbformat.v4.new_markdown_cell(cell.source, metadata=metadata)]
+    if "weave" not in tags:
+        _note_imports(ast.parse(cell.source), seen)
+        return [nbformat.v4.new_code_cell(cell.source, metadata=metadata)]
+    rest = [tag for tag in tags if tag != "weave"]
+    imports, blocks = weave_cell(cell.source, seen)
+    sources = [(imports, "woven-imports")] * bool(imports) + [(block, "woven") for block in blocks]
+    return [nbformat.v4.new_code_cell(source, metadata={**metadata, "tags": [tag, *rest]}) for source, tag in sources]
 
 
 def weave_cell(source: str, seen: dict[str, str]) -> tuple[str, list[str]]:
@@ -148,12 +171,14 @@ def weave_cell(source: str, seen: dict[str, str]) -> tuple[str, list[str]]:
 def together(segments: list[str]) -> list[str]:
     """Constants of a line or two share a cell; everything else has its own."""
     cells: list[str] = []
+    sharing = False
     for segment in segments:
         small = not segment.startswith(("def ", "class ", "@")) and segment.count("\n") < 2
-        if small and cells and not cells[-1].startswith(("def ", "class ", "@")):
+        if small and sharing:
             cells[-1] += f"\n{segment}"
         else:
             cells.append(segment)
+        sharing = small
     return cells
 
 
@@ -176,20 +201,34 @@ def _definition(tree: ast.Module, text: str, name: str, module: str) -> str:
 
 
 def fold_docstrings(node: ast.stmt, lines: list[str]) -> str:
-    """A definition's source with each docstring cut to its first paragraph: the lesson around it says the rest."""
+    """A definition's source with each docstring cut to its first paragraph: the lesson around it says the rest.
+
+    Where cutting would change more than the docstrings, the source stays whole.
+    """
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-    dropped: set[int] = set()
-    replaced: dict[int, str] = {}
+    new: dict[int, str | None] = {}  # line number -> its text, None where it goes
     for inner in ast.walk(node):
         documented = isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner, clean=False)
-        if not documented or "\n\n" not in documented:
-            continue
-        literal = inner.body[0].value
-        blank = next(n for n in range(literal.lineno, literal.end_lineno) if not lines[n].strip())  # 0-based index of the gap
-        dropped |= set(range(blank + 1, literal.end_lineno + 1))
-        replaced[blank] = lines[blank - 1] + '"""'
-    kept = [replaced.get(number, lines[number - 1]) for number in range(first, node.end_lineno + 1) if number not in dropped]
-    return "\n".join(kept)
+        if documented and "\n\n" in documented:
+            literal = inner.body[0].value
+            gap = next((n for n in range(literal.lineno, literal.end_lineno) if not lines[n - 1].strip()), literal.end_lineno)
+            new |= {gap - 1: lines[gap - 2] + '"""'} | dict.fromkeys(range(gap, literal.end_lineno + 1))
+    numbers = range(first, node.end_lineno + 1)
+    whole = "\n".join(lines[n - 1] for n in numbers)
+    folded = "\n".join(text for text in (new.get(n, lines[n - 1]) for n in numbers) if text is not None)
+    return folded if code_of(folded) == code_of(whole) else whole
+
+
+def code_of(source: str) -> str | None:
+    """The syntax tree of a source without its docstrings; None where it does not parse."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False):
+            node.body[0].value.value = ""
+    return ast.dump(tree)
 
 
 def _bound_names(node: ast.stmt) -> set[str]:
@@ -303,28 +342,41 @@ def undefined_names(notebook: nbformat.NotebookNode) -> list[str]:
         defined = set(opening)
         for cell in notebook.cells[section.first : section.last]:
             if cell.cell_type == "code":
-                bound, used = names_of(cell.source)
-                problems += [f"section {section.key}: {name}" for name in sorted(used - defined - bound)]
-                defined |= bound
+                problems += [f"section {section.key}: {name}" for name in sorted(undefined_in(cell.source, defined))]
+                defined |= names_of(cell.source)[0]
         if section.key == OPENING:
             opening = defined
     return problems
 
 
-def names_of(source: str) -> tuple[set[str], set[str]]:
-    """Names that a cell binds at its top level, and names that it takes from outside (in its functions, too)."""
+def undefined_in(source: str, defined: set[str]) -> set[str]:
+    """Names that a cell uses and that are not `defined`: by a statement before they are bound, or by a function nowhere bound."""
+    bound_here, _, outside = names_of(source)
+    missing, bound = outside - bound_here - defined, set(defined)
+    for statement in ast.parse(source).body:
+        new, used, _ = names_of(ast.unparse(statement))
+        at_once = new
+        if isinstance(statement, ast.Assign | ast.AugAssign | ast.AnnAssign):  # the right side is read before the left is bound
+            at_once = {node.target.id for node in ast.walk(statement) if isinstance(node, ast.NamedExpr)}
+        if isinstance(statement, ast.AugAssign):
+            used = used | new
+        missing |= used - bound - at_once
+        bound |= new
+    return missing
+
+
+def names_of(source: str) -> tuple[set[str], set[str], set[str]]:
+    """Names that a source binds at its top level, that it uses there, and that its functions and classes take from outside."""
     table = symtable.symtable(source, "cell", "exec")
-    bound = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    symbols = table.get_symbols()
+    bound = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()}
+    used = {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
 
-    def used(scope: symtable.SymbolTable) -> set[str]:
-        own = {
-            symbol.get_name()
-            for symbol in scope.get_symbols()
-            if symbol.is_referenced() and (scope is table or symbol.is_global())
-        }
-        return own.union(*(used(child) for child in scope.get_children()))
+    def outside(scope: symtable.SymbolTable) -> set[str]:
+        own = {symbol.get_name() for symbol in scope.get_symbols() if symbol.is_referenced() and symbol.is_global()}
+        return own.union(*(outside(child) for child in scope.get_children()))
 
-    return bound, used(table) - {name for name in used(table) if name.startswith(".")}
+    return bound, used, set().union(*(outside(child) for child in table.get_children()))
 
 
 def core_copy(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from utils.catalogue import ROOT, lesson_path
 from utils.execute import WITH_ERRORS
 
 GRACE = 5.0  # seconds that a child has to end after it was told to
+NO_ROWS = {"rows": [], "claims": [], "failures": [], "section_seconds": {}}  # the board's journal before the first row
 
 Progress = Callable[[str], None]
 
@@ -73,25 +74,8 @@ class Stop:
         self.event.set()
 
 
-def run_all(names: list[str], request: Request, jobs: int = 1, on_progress: Callable[[str, str], None] = lambda name, what: None,
-            stop: Stop | None = None) -> list[Outcome]:  # fmt: skip
-    """Run chapters, `jobs` at a time, until done or stopped. A failed chapter does not stop the others."""
-    stop = stop or Stop()
-
-    def one(name: str) -> Outcome:
-        return run_chapter(name, request, lambda what: on_progress(name, what), stop)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(one, name) for name in names]
-        while wait(futures, timeout=0.2).not_done:
-            if stop.event.is_set():
-                for future in futures:
-                    future.cancel()
-        return [future.result() for future in futures if not future.cancelled()]
-
-
 @contextlib.contextmanager
-def signals(stop: Stop):
+def signals(stop: Stop) -> Iterator[None]:
     """While inside, SIGINT and SIGTERM stop the run in order; a closed terminal does not stop it at all."""
     handled = {signal.SIGINT: stop.set, signal.SIGTERM: stop.set}
     if hasattr(signal, "SIGHUP"):
@@ -104,41 +88,72 @@ def signals(stop: Stop):
             signal.signal(number, handler)
 
 
-def run_chapter(chapter: str, request: Request, on_progress: Progress = lambda what: None, stop: Stop | None = None) -> Outcome:
-    """Weave and execute one chapter in a process of its own. Raises CompanionError where another run has this output."""
-    name = request.name(chapter)
-    request.out.mkdir(parents=True, exist_ok=True)
-    with exclusive(request.out, name):
-        stamp = make_stamp(chapter, request)
-        final = request.out / f"{name}.ipynb"
-        if request.resume and finished(final, results_file(request, name), stamp):
-            return Outcome(chapter, name, final, ok=True, skipped=True)
-        folder = request.out / f".{name}"
-        done = finished_sections(folder, stamp) if request.resume else []
-        order = prepare(chapter, request, folder, stamp, done)
-        status = watch_child(order, child_environment(request, name, folder, done), folder, on_progress, stop or Stop())
-        return conclude(chapter, name, request, folder, status, stop or Stop())
+def run_all(names: list[str], request: Request, jobs: int = 1, on_progress: Callable[[str, str], None] = lambda name, what: None,
+            stop: Stop | None = None) -> list[Outcome]:  # fmt: skip
+    """Run chapters, `jobs` at a time, until done or stopped. A failed chapter does not stop the others.
+
+    Raises CompanionError, before any chapter starts, where another run has one of the outputs.
+    """
+    stop = stop or Stop()
+
+    def one(name: str) -> Outcome | None:
+        if stop.event.is_set():
+            return None
+        try:
+            return run_chapter(name, request, lambda what: on_progress(name, what), stop)
+        except (CompanionError, OSError) as error:
+            run_name = request.name(name)
+            return Outcome(name, run_name, request.out / f"{run_name}.ipynb", ok=False, message=str(error))
+
+    with contextlib.ExitStack() as outputs:
+        for name in names:
+            outputs.enter_context(exclusive(request.out, request.name(name)))
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(one, name) for name in names]
+            while wait(futures, timeout=0.2).not_done:  # short waits: the main thread must see signals
+                pass
+        return [future.result() for future in futures if future.result()]
 
 
 @contextlib.contextmanager
-def exclusive(out: Path, name: str):
-    """One run at a time per output. Raises CompanionError that names the other run."""
+def exclusive(out: Path, name: str) -> Iterator[None]:
+    """One run at a time per output. Raises CompanionError that names the other run, or where `out` cannot be written."""
     lock, owner = FileLock(out / f".{name}.lock"), out / f".{name}.pid"
     try:
+        out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+        owner.write_text(str(os.getpid()))
     except Timeout:
         other = owner.read_text().strip() if owner.is_file() else "unknown"
-        raise CompanionError(
-            f"{name} is being run into {out} already (process {other}): wait for it, or give another --out"
-        ) from None
+        message = f"{name} is being run into {out} already (process {other}): wait for it, or give another --out"
+        raise CompanionError(message) from None
+    except OSError as error:
+        raise CompanionError(f"cannot write to {out} ({error.strerror or error}): give another --out") from None
     try:
-        owner.write_text(str(os.getpid()))
         yield
     finally:
-        owner.unlink(missing_ok=True)
+        for file in (owner, Path(lock.lock_file)):  # while the lock is held: whoever opened the file before sees that it is gone
+            with contextlib.suppress(OSError):
+                file.unlink()
         lock.release()
-        with contextlib.suppress(OSError):
-            os.unlink(lock.lock_file)
+
+
+def run_chapter(chapter: str, request: Request, on_progress: Progress = lambda what: None, stop: Stop | None = None) -> Outcome:
+    """Weave and execute one chapter in a process of its own. The caller holds its output (`run_all` does)."""
+    name, stop = request.name(chapter), stop or Stop()
+    folder, final = request.out / f".{name}", request.out / f"{name}.ipynb"
+    stamp = make_stamp(chapter, request)
+    if request.resume and finished(final, results_file(request, name), stamp):
+        return Outcome(chapter, name, final, ok=True, skipped=True)
+    done = finished_sections(folder, stamp) if request.resume else []
+    notebook = notebooks.weave(chapter, request.sections, request.track)
+    notebook.metadata["companion"]["stamp"] = stamp
+    order = prepare(notebook, request, folder, done)
+    tell = with_time_left(on_progress, request, chapter, [section.key for section in notebooks.sections(notebook)])
+    if done:
+        tell(f"going on after {len(done)} finished sections")
+    status = watch_child(order, child_environment(request, name, folder, done), folder, tell, stop)
+    return conclude(chapter, request, folder, status, stop)
 
 
 # --- what a run is made from ----------------------------------------------------------------------------------------
@@ -149,19 +164,19 @@ def make_stamp(chapter: str, request: Request) -> dict:
     files = [lesson_path(chapter), *sorted((ROOT / "utils").rglob("*.py")), *sorted((ROOT / "utils").rglob("*.csv"))]
     source = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
     content = {name: content_key(request.parameters.get(name)) for name in ("MODEL", "DATASET")}
-    return {"profile": request.profile, "parameters": request.parameters, "sections": list(request.sections), "track": request.track,
-            "source": source, "content": content}  # fmt: skip
+    return {"profile": request.profile, "parameters": {**request.parameters, **content}, "sections": list(request.sections),
+            "track": request.track, "source": source}  # fmt: skip
 
 
 def content_key(name: str | None) -> str:
-    """A local file's or folder's content as a hash; any other name (embedded, hub) stands for itself."""
+    """A local file's or folder's content as a hash. A hub name stands for itself, an embedded source for the hash pinned in the code."""
     place = Path(name) if name else None
     if place is None or not place.exists():
         return name or "default"
     files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
     digest = hashlib.sha256()
     for file in files:
-        digest.update(str(file.relative_to(place)).encode())
+        digest.update(os.fsencode(file.relative_to(place)))
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -170,6 +185,14 @@ def content_key(name: str | None) -> str:
 def results_file(request: Request, name: str) -> Path:
     """Where the board of this run writes."""
     return request.out / "results" / request.profile / f"{name}.json"
+
+
+def file_hash(path: Path) -> str | None:
+    """SHA-256 of a file; None where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def companion_facts(path: Path) -> dict:
@@ -181,38 +204,42 @@ def companion_facts(path: Path) -> dict:
 
 
 def finished(final: Path, results: Path, stamp: dict) -> bool:
-    """Whether a run with this stamp ended well, and its notebook and results are there to read."""
+    """Whether a run with this stamp ended without an error, and its notebook and the results that it wrote are there."""
     facts = companion_facts(final)
-    try:
-        readable = bool(json.loads(results.read_text(encoding="utf-8"))["rows"] is not None)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return readable and facts.get("stamp") == stamp and not facts.get("errors")
+    written = facts.get("results_sha256")
+    return facts.get("stamp") == stamp and not facts.get("errors") and written is not None and written == file_hash(results)
 
 
 def finished_sections(folder: Path, stamp: dict) -> list[str]:
-    """The sections that an interrupted run with this stamp finished; none where its rows cannot be read. The opening always runs."""
+    """The sections that an interrupted run with this stamp finished; none where its notebook or its rows cannot be read.
+
+    The opening always runs, and so does the section that closes the board: it writes the results.
+    """
     facts = companion_facts(folder / "partial.ipynb")
     try:
-        json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+        journal = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return [key for key in facts.get("finished", []) if key != notebooks.OPENING] if facts.get("stamp") == stamp else []
+    if facts.get("stamp") != stamp or not isinstance(journal, dict) or "rows" not in journal:
+        return []
+    partial = nbformat.read(folder / "partial.ipynb", as_version=4)
+    again = {section.key for section in notebooks.sections(partial) if notebooks.closing(partial, section)}
+    return [key for key in facts.get("finished", []) if key not in {notebooks.OPENING, *again}]
 
 
 # --- the child ------------------------------------------------------------------------------------------------------
 
 
-def prepare(chapter: str, request: Request, folder: Path, stamp: dict, done: list[str]) -> Path:
+def prepare(notebook: nbformat.NotebookNode, request: Request, folder: Path, done: list[str]) -> Path:
     """Write what the child needs into the run's folder; returns the order. A folder that is not gone on with starts empty."""
     if not done:
         shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(exist_ok=True)
-    notebook = notebooks.weave(chapter, request.sections, request.track)
-    notebook.metadata["companion"] |= {"stamp": stamp}
+        folder.mkdir()
+        (folder / "rows.json").write_text(json.dumps(NO_ROWS))
     nbformat.write(notebook, folder / "woven.ipynb")
     (folder / "progress").write_text("")
-    order = {"woven": str(folder / "woven.ipynb"), "partial": str(folder / "partial.ipynb"), "parameters": request.parameters,
+    files = {"woven": "woven.ipynb", "partial": "partial.ipynb", "progress": "progress"}
+    order = {**{what: str((folder / file).resolve()) for what, file in files.items()}, "parameters": request.parameters,
              "finished": done, "cwd": str(notebooks.NOTEBOOKS)}  # fmt: skip
     (folder / "order.json").write_text(json.dumps(order))
     return folder / "order.json"
@@ -225,18 +252,15 @@ def child_environment(request: Request, name: str, folder: Path, done: list[str]
             "COMPANION_FINISHED": json.dumps(done), "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}  # fmt: skip
 
 
-def watch_child(order: Path, environment: dict, folder: Path, on_progress: Progress, stop: Stop) -> int:
+def watch_child(order: Path, environment: dict, folder: Path, tell: Progress, stop: Stop) -> int:
     """Start the child, pass its progress on, and end it when told to stop; returns its exit status."""
+    told = [""]
     with open(folder / "log", "w", encoding="utf-8") as log:
-        child = subprocess.Popen([sys.executable, "-P", "-m", "utils.execute", str(order.resolve())], env=environment, stdin=subprocess.PIPE,
-                                 stdout=log, stderr=log, cwd=notebooks.NOTEBOOKS, start_new_session=True)  # fmt: skip
-        shown = 0
+        child = subprocess.Popen([sys.executable, "-P", "-m", "utils.execute", str(order.resolve())], env=environment,
+                                 stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=notebooks.NOTEBOOKS, start_new_session=True)  # fmt: skip
         try:
             while child.poll() is None and not stop.event.wait(0.2):
-                lines = (folder / "progress").read_text(encoding="utf-8").splitlines()
-                for line in lines[shown:]:
-                    on_progress(line)
-                shown = len(lines)
+                pass_on(folder / "progress", told, tell)
         finally:
             child.stdin.close()  # the child sees the end of its input, kills the kernel and goes
             try:
@@ -244,53 +268,79 @@ def watch_child(order: Path, environment: dict, folder: Path, on_progress: Progr
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+    pass_on(folder / "progress", told, tell)
     return child.returncode
 
 
-def conclude(chapter: str, name: str, request: Request, folder: Path, status: int, stop: Stop) -> Outcome:
-    """Put the executed notebook under its name, or say why there is none."""
-    partial, final = folder / "partial.ipynb", request.out / f"{name}.ipynb"
+def pass_on(progress: Path, told: list[str], tell: Progress) -> None:
+    """Tell the whole lines that are new; the child and the board both name a section, it is told once."""
+    for line in progress.read_text(encoding="utf-8", errors="replace").split("\n")[len(told) - 1 : -1]:
+        if line != told[-1]:
+            with contextlib.suppress(OSError):  # a terminal that has gone
+                tell(line)
+        told.append(line)
+
+
+def conclude(chapter: str, request: Request, folder: Path, status: int, stop: Stop) -> Outcome:
+    """Put the executed notebook under its name, or say why there is none and what was kept."""
+    name = request.name(chapter)
+    partial, final, failed = folder / "partial.ipynb", request.out / f"{name}.ipynb", request.out / f"{name}.failed.ipynb"
     facts = companion_facts(partial)
-    if stop.event.is_set():
-        kept = [key for key in facts.get("finished", []) if key != notebooks.OPENING]
-        return Outcome(
-            chapter, name, partial, ok=False, message=f"stopped after {len(kept)} sections; --resume goes on from there"
-        )
-    errors = [f"section {error['section']}: {error['error']}" for error in facts.get("errors", [])]
+    errors = "; ".join(f"section {error['section']}: {error['error']}" for error in facts.get("errors", []))
     if status in (0, WITH_ERRORS):
-        tidy(partial, final)
+        tidy(partial, final, file_hash(results_file(request, name)))
+        failed.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
-        return Outcome(chapter, name, final, ok=status == 0, message="; ".join(errors))
-    if errors and facts.get("finished") == []:  # the opening raised: there is nothing to go on from
-        failed = request.out / f"{name}.failed.ipynb"
+        return Outcome(chapter, name, final, ok=status == 0, message=errors)
+    if errors and facts["finished"] == []:  # the opening raised: there is nothing to go on from
         os.replace(partial, failed)
         shutil.rmtree(folder, ignore_errors=True)
-        return Outcome(chapter, name, failed, ok=False, message="; ".join(errors))
+        return Outcome(chapter, name, failed, ok=False, message=errors)
     said = (folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    reason = "; ".join(errors) or (said or [f"the executing process ended with status {status}"])[-1]
-    return Outcome(chapter, name, partial, ok=False, message=f"{reason}; --resume goes on from the last finished section")
+    reason = errors or (said or [f"the executing process ended with status {status}"])[-1]
+    kept = [key for key in facts.get("finished", []) if key != notebooks.OPENING]
+    reason = f"stopped by {signal.Signals(stop.signal).name}" if stop.signal else reason
+    what = f"finished sections kept: {', '.join(kept)}; --resume goes on from there" if kept else "no section was finished"
+    return Outcome(chapter, name, partial, ok=False, message=f"{reason}; {what}")
 
 
-def tidy(source: Path, target: Path) -> None:
-    """Drop timestamps and local paths, which would make every rerun a diff, and put the notebook under its name."""
+def tidy(source: Path, target: Path, results: str | None) -> None:
+    """Put the notebook under its name, with the hash of the results that belong to it, and without what makes every rerun a diff."""
     notebook = nbformat.read(source, as_version=4)
     notebook.metadata.pop("papermill", None)
-    for name in ("section_seconds", "finished"):
-        notebook.metadata["companion"].pop(name, None)
+    notebook.metadata["companion"].pop("finished", None)
+    notebook.metadata["companion"]["results_sha256"] = results
+    count = 0
     for cell in notebook.cells:
         for name in ("papermill", "execution", *(["tags"] if not cell.metadata.get("tags") else [])):
             cell.metadata.pop(name, None)
+        if cell.get("execution_count"):  # counted anew: a run that was gone on with had several kernels
+            count += 1
+            cell.execution_count = count
+            for output in cell.outputs:
+                if output.output_type == "execute_result":
+                    output.execution_count = count
     cache.write_atomically(target, nbformat.writes(notebook) + "\n")
 
 
 # --- time left ------------------------------------------------------------------------------------------------------
 
 
-def earlier_seconds(out: Path, profile: str, chapter: str) -> dict[str, float]:
+def with_time_left(on_progress: Progress, request: Request, chapter: str, keys: list[str]) -> Progress:
+    """Progress with an estimate of the time left, where an earlier run of this part or (for whole sections) of the chapter is known."""
+    before = earlier_seconds(request.out, request.profile, request.name(chapter))
+    if not before and request.track == "all":
+        before = earlier_seconds(request.out, request.profile, chapter)
+    clock = Clock({key: before[key] for key in keys if key in before})
+    return lambda what: on_progress(what + clock.left(what))
+
+
+def earlier_seconds(out: Path, profile: str, name: str) -> dict[str, float]:
     """Seconds per section that an earlier run took, here or in the committed results; empty where nobody knows."""
     for folder in (out, notebooks.NOTEBOOKS):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return json.loads((folder / "results" / profile / f"{chapter}.json").read_text(encoding="utf-8"))["section_seconds"]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads((folder / "results" / profile / f"{name}.json").read_text(encoding="utf-8"))["section_seconds"]
+            return {key: float(seconds) for key, seconds in found.items()}
     return {}
 
 
@@ -298,16 +348,19 @@ class Clock:
     """Time left in a chapter, from what each section took before and how this run compares so far."""
 
     def __init__(self, before: dict[str, float]):
-        self.before, self.started, self.section = before, time.perf_counter(), notebooks.OPENING
+        self.before, self.section = before, notebooks.OPENING
+        self.started = self.began = time.perf_counter()  # the run, and the present section
+        self.done = 0.0  # what the sections of this run that are over took before
 
     def left(self, what: str) -> str:
         """` · about 5 min left`, or nothing where no earlier run is known. `what` is a line of progress."""
-        if what.startswith("section "):
-            self.section = what.removeprefix("section ")
+        now, key = time.perf_counter(), what.removeprefix("section ")
+        if key not in (what, self.section):
+            self.done += self.before.get(self.section, 0.0)
+            self.section, self.began = key, now
         keys = list(self.before)
         if self.section not in keys:
             return ""
-        done = sum(self.before[key] for key in keys[: keys.index(self.section)])
-        rest = sum(self.before[key] for key in keys[keys.index(self.section) :])
-        ratio = (time.perf_counter() - self.started) / done if done > 20 else 1.0
-        return f" · about {max(1, round(ratio * rest / 60))} min left"
+        ratio = (self.began - self.started) / self.done if self.done > 20 else 1.0
+        rest = ratio * sum(self.before[key] for key in keys[keys.index(self.section) :]) - (now - self.began)
+        return f" · about {max(1, round(rest / 60))} min left"

@@ -1,0 +1,140 @@
+"""Rows say the same in every rendering; results files are whole or an error; reports compare machines and commits."""
+
+import json
+import subprocess
+
+import pytest
+
+from utils import CompanionError, notebooks, report, results
+from utils.claims import Claim, judge
+from utils.results import Row
+
+
+def a_row(**changes) -> Row:
+    fields = {"method": "P-20a", "label": "heads by |R|", "accuracy": 0.81, "accuracy_ci95": [0.79, 0.83], "drop": 0.02,
+              "drop_ci95": [0.01, 0.035], "parameters": 10, "nonzero_parameters": 8, "parameters_without_embeddings": 5,
+              "stored_bytes": 71_000_000, "stored_bytes_without_embeddings": 1, "macs": 345_000_000, "label_loyalty": 0.9,
+              "latency_ratio": {"batch1": 1.25, "batch32": 2.0}}  # fmt: skip
+    return Row(**{**fields, **changes})
+
+
+BASELINE = a_row(method="-", label="baseline", accuracy=0.83, latency_ratio=None)
+
+
+def test_a_row_survives_json_and_unknown_or_missing_entries_are_named():
+    row = a_row(against_control={"control": "dense", "difference": -0.01, "ci95": [-0.02, 0.0]}, effect={"cut": 3})
+    assert Row.from_dict(json.loads(json.dumps(row.as_dict()))) == row
+    with pytest.raises(CompanionError, match="unknown entries: speed_of_light"):
+        Row.from_dict({**row.as_dict(), "speed_of_light": 1})
+    with pytest.raises(CompanionError, match="incomplete"):
+        Row.from_dict({"method": "P-01"})
+
+
+def test_one_row_three_renderings():
+    row = a_row(against_control={"control": "dense", "difference": -0.012, "ci95": [-0.02, 0.001]})
+    frame = results.as_frame([row], BASELINE)
+    assert frame.loc["P-20a", "drop [95 %]"] == "2.0 [1.0, 3.5]" and frame.loc["-", "drop [95 %]"] == ""
+    assert frame.loc["P-20a", "vs dense control"] == "-1.2 [-2.0, 0.1]"
+    lines = results.as_markdown([row], BASELINE).splitlines()
+    assert len(lines) == 4 and "heads by \\|R\\|" in lines[3]
+    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1  # a bar inside a cell adds no column
+    assert "81.0 % (drop 2.0 [1.0, 3.5], -1.2 [-2.0, 0.1] against dense training)" in row.summary()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "1.25 / 2.00"),
+        ({"simulated": True}, "emulated"),
+        ({"latency_of": "baseline"}, "as dense"),
+        ({"latency_ratio": None}, ""),
+    ],
+)
+def test_speeds_in_words(changes, said):
+    assert a_row(**changes).speeds() == said
+
+
+def content(chapter: str = "01_pruning", machine: str = "AMD EPYC, 2 cores", **changes) -> dict:
+    claim = {"id": "C2", "unit": "round", "verdict": "supported", "statement": "x"}
+    return {"chapter": chapter, "profile": "cpu", "provenance": {"device": machine}, "baseline": BASELINE.as_dict(),
+            "rows": [a_row().as_dict()], "claims": [claim], "wall_seconds": 60, **changes}  # fmt: skip
+
+
+def test_files_that_are_cut_short_or_foreign_are_clear_errors(tmp_path):
+    results.write(tmp_path / "a.json", content())
+    assert results.read(tmp_path / "a.json")["chapter"] == "01_pruning"
+    for damage in ("", "{", "[]", '{"rows": 1}'):
+        (tmp_path / "a.json").write_text(damage)
+        with pytest.raises(CompanionError, match="results file"):
+            results.read(tmp_path / "a.json")
+    with pytest.raises(CompanionError, match="no readable results file"):
+        results.read(tmp_path / "missing.json")
+
+
+def test_machines_lie_side_by_side(tmp_path):
+    folder = tmp_path / "results" / "cpu"
+    results.write(folder / "01_pruning.json", content())
+    other = content(
+        machine="Intel Xeon (AMX bf16), 2 cores", rows=[a_row(latency_ratio={"batch1": 3.0, "batch32": 4.0}).as_dict()]
+    )
+    other["claims"][0] = {**other["claims"][0], "verdict": "contradicted"}
+    results.write(folder / "01_pruning@intel.json", other)
+    assert [found["provenance"]["device"] for found in results.read_all(tmp_path, "cpu")] == ["AMD EPYC, 2 cores"]
+    lines = report.side_by_side(tmp_path, "cpu")["01_pruning"]
+    assert lines["P-20a heads by |R|"] == {"AMD EPYC, 2 cores": "1.25 / 2.00", "Intel Xeon (AMX bf16), 2 cores": "3.00 / 4.00"}
+    assert lines["claim C2"]["Intel Xeon (AMX bf16), 2 cores"] == "contradicted"
+
+
+@pytest.mark.parametrize(
+    ("machine", "name"),
+    [
+        ({"processor": "AMD EPYC", "instructions": ["avx512_vnni", "avx512_bf16", "avx2"], "cores": 2, "gpu": None},
+         "AMD EPYC (VNNI, AVX-512 bf16), 2 cores"),
+        ({"processor": "AMD EPYC", "instructions": ["avx2"], "cores": 2, "gpu": None}, "AMD EPYC (AVX2), 2 cores"),
+        ({"processor": "x", "instructions": [], "cores": 1, "gpu": "NVIDIA H100"}, "NVIDIA H100"),
+    ],
+)  # fmt: skip
+def test_machines_in_words(machine, name):
+    assert results.machine_name(machine) == name
+    assert results.machine_slug(machine) == results.machine_slug(machine).lower() and "@" not in results.machine_slug(machine)
+
+
+def test_this_machine_has_a_name_and_cores():
+    found = results.machine()
+    assert found["processor"] and found["cores"] >= 1 and found["gpu"] is None
+    assert set(found["instructions"]) <= set(results.INSTRUCTIONS)
+
+
+def test_what_changed_since_a_revision(tmp_path, monkeypatch):
+    def git(*arguments: str) -> None:
+        subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y", *arguments], check=True, capture_output=True
+        )
+
+    target = tmp_path / "notebooks" / "results" / "cpu" / "01_pruning.json"
+    results.write(target, content(rows=[a_row().as_dict(), a_row(label="gone").as_dict(), a_row(label="stays").as_dict()]))
+    git("init"), git("add", "-A"), git("commit", "-m", "x")
+    now = [a_row(accuracy=0.78).as_dict(), a_row(label="stays", accuracy=0.82).as_dict(), a_row(label="new").as_dict()]
+    results.write(target, content(rows=now, claims=[{"id": "C2", "unit": "round", "verdict": "inconclusive", "statement": "x"}]))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.changes(tmp_path / "notebooks", "cpu", "HEAD") == [
+        "01_pruning: P-20a gone is gone", "01_pruning: P-20a new is new",
+        "01_pruning: P-20a heads by |R|: 81.0 % [79.0, 83.0] is now 78.0 %", "01_pruning: claim C2 was supported, is inconclusive",
+    ]  # fmt: skip
+    with pytest.raises(CompanionError, match="no revision 'nowhere'"):
+        report.changes(tmp_path / "notebooks", "cpu", "nowhere")
+
+
+def test_the_readme_shows_what_the_results_render_to():
+    text = report.README.read_text(encoding="utf-8")
+    assert report.with_tables(text, results.read_all(notebooks.NOTEBOOKS, "cpu")) == text
+
+
+def test_committed_verdicts_follow_from_their_evidence():
+    for found in results.read_all(notebooks.NOTEBOOKS, "cpu"):
+        for stored in found["claims"]:
+            evidence = [{name: value for name, value in item.items() if name != "verdict"} for item in stored["evidence"]]
+            claim = Claim.from_dict({**stored, "evidence": evidence})
+            again = judge(claim.id, claim.statement, claim.source, claim.unit, claim.evidence, found["profile"])
+            assert again.verdict == stored["verdict"], f"{found['chapter']} {claim.id}"
+            assert [item.verdict() for item in claim.evidence] == [item["verdict"] for item in stored["evidence"]]
