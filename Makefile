@@ -3,16 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SMOKE = COMPANION_PROFILE=smoke COMPANION_OUT=$(CURDIR)/runs/test
 
-.PHONY: run test test-gpu lab lint setup publish clean
+.PHONY: run test test-gpu lab lint fix setup publish full clean
 
 run: setup  ## execute every chapter in the cpu profile and print the results
 	$(BIN)/companion run --profile cpu
 
-test: setup lint  ## unit tests, every notebook in smoke, the committed notebooks through nbval
+test: setup lint  ## units, every notebook in smoke, every core track once more through nbval
 	$(BIN)/python -m pytest -m "not gpu"
-	$(SMOKE) $(BIN)/python -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 test-gpu: setup  ## the same unit tests and notebooks on CUDA; says so where there is none
 	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
@@ -24,18 +22,26 @@ lint: setup
 	$(BIN)/ruff format --check utils tests
 	$(BIN)/companion weave --check
 	$(BIN)/companion catalogue --check
+	$(BIN)/companion lint
+
+fix: setup  ## what a machine can mend
+	$(BIN)/ruff check --fix utils tests
+	$(BIN)/ruff format utils tests
 
 lab: setup  ## open the notebooks
 	$(BIN)/jupyter lab notebooks
 
-publish: setup  ## remake the committed notebooks, results and README tables (an idle machine, please)
-	$(BIN)/companion run --profile cpu --out notebooks
+publish: setup  ## remake the committed notebooks, results and README tables (an idle machine, please); goes on where it was stopped
+	$(BIN)/companion run --profile cpu --out notebooks --resume
 	$(BIN)/companion report --out notebooks --readme
+
+full: setup  ## the results of record: an hour or more a chapter, survives a closed terminal, goes on where it was stopped
+	$(BIN)/companion run --profile full --out runs/full --resume
 
 setup: $(INSTALLED)
 
 $(INSTALLED): constraints.txt pyproject.toml
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] < (3, 11) and 'Python 3.11 or newer is needed')"
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and 'Python 3.11 or 3.12 is needed: make PYTHON=python3.11')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@

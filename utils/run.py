@@ -296,12 +296,19 @@ def conclude(chapter: str, request: Request, folder: Path, status: int, stop: St
         os.replace(partial, failed)
         shutil.rmtree(folder, ignore_errors=True)
         return Outcome(chapter, name, failed, ok=False, message=errors)
-    said = (folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    reason = errors or (said or [f"the executing process ended with status {status}"])[-1]
     kept = [key for key in facts.get("finished", []) if key != notebooks.OPENING]
-    reason = f"stopped by {signal.Signals(stop.signal).name}" if stop.signal else reason
     what = f"finished sections kept: {', '.join(kept)}; --resume goes on from there" if kept else "no section was finished"
-    return Outcome(chapter, name, partial, ok=False, message=f"{reason}; {what}")
+    return Outcome(chapter, name, partial, ok=False, message=f"{why_it_ended(status, stop, errors, folder / 'log')}; {what}")
+
+
+def why_it_ended(status: int, stop: Stop, errors: str, log: Path) -> str:
+    """One line on a child that did not come to its end."""
+    if stop.signal:
+        return f"stopped by {signal.Signals(stop.signal).name}"
+    if status < 0:
+        return f"the executing process was killed by {signal.Signals(-status).name}"
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return errors or (said or [f"the executing process ended with status {status}"])[-1]
 
 
 def tidy(source: Path, target: Path, results: str | None) -> None:
@@ -356,7 +363,10 @@ class Clock:
         """` · about 5 min left`, or nothing where no earlier run is known. `what` is a line of progress."""
         now, key = time.perf_counter(), what.removeprefix("section ")
         if key not in (what, self.section):
-            self.done += self.before.get(self.section, 0.0)
+            if self.section == notebooks.OPENING:  # fine-tunes the baseline or takes it from the cache: no measure of speed
+                self.started = now
+            else:
+                self.done += self.before.get(self.section, 0.0)
             self.section, self.began = key, now
         keys = list(self.before)
         if self.section not in keys:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from utils import cli, notebooks
 from utils.catalogue import ROOT
 
 
@@ -38,11 +37,6 @@ def test_every_direct_dependency_says_why():
 def test_conda_environment_has_the_same_versions():
     pins = dict(re.findall(r"- ([\w-]+)==(\S+)", (ROOT / "environment.yml").read_text()))
     assert {normal(name): version for name, version in pins.items()} == {normal(n): constraints()[normal(n)] for n in direct()}
-
-
-def test_readme_tables_come_from_the_results_files():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert cli.with_results(text, notebooks.NOTEBOOKS, "cpu") == text
 
 
 def test_readme_names_every_folder():

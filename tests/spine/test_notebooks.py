@@ -1,45 +1,66 @@
-"""Every notebook runs in the smoke profile through the command's own code, and its results file is checked row by row."""
+"""Every notebook runs in smoke: the whole of it, its core track once more, two sections alone; and all its files keep their contract."""
 
 import json
 import math
 import os
+import subprocess
+import sys
 
-import nbformat
 import pytest
 import torch
 
-from utils import catalogue, notebooks
+from utils import catalogue, notebooks, results
+from utils import run as runs
 from utils.board import flatten
 
 DEVICE = os.environ.get("COMPANION_TEST_DEVICE", "cpu")
+ALONE = {"00_bert_baseline": ("2", "5"), "01_pruning": ("5", "8"), "02_quantization": ("3", "7")}
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def outcomes(run_cache, tmp_path_factory):
-    """All chapters, executed once."""
+@pytest.fixture(scope="module", autouse=True)
+def _one_cache(run_cache):
     if DEVICE == "cuda" and not torch.cuda.is_available():
         pytest.skip("COMPANION_TEST_DEVICE=cuda, but there is no CUDA GPU")
-    out = tmp_path_factory.mktemp("smoke")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMPANION_CACHE", run_cache)
-        request = notebooks.Request(out, "smoke", {"PROFILE": "smoke", "DEVICE": DEVICE})
-        yield request, {chapter: notebooks.run_chapter(chapter, request) for chapter in catalogue.chapters()}
+        yield
+
+
+def request(out, **options) -> runs.Request:
+    return runs.Request(out, "smoke", {"PROFILE": "smoke", "DEVICE": DEVICE}, **options)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """All chapters, executed once; their artifacts are kept."""
+    out = tmp_path_factory.mktemp("smoke")
+    (out / "artifacts").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPANION_ARTIFACTS", str(out / "artifacts"))
+        yield out, {chapter: runs.run_chapter(chapter, request(out)) for chapter in catalogue.chapters()}
 
 
 @pytest.mark.parametrize("chapter", catalogue.chapters())
 def test_notebook_runs_in_smoke_and_every_row_holds(outcomes, chapter):
-    request, finished = outcomes
-    outcome = finished[chapter]
-    assert outcome.ok, outcome.message
-    content = json.loads((request.out / "results" / "smoke" / f"{chapter}.json").read_text())
+    out, finished = outcomes
+    assert finished[chapter].ok, finished[chapter].message
+    methods = check_results(out / "results" / "smoke" / f"{chapter}.json", chapter)
+    assert {m.id for m in catalogue.load(chapter)} <= methods
+
+
+def check_results(path, chapter: str) -> set[str]:
+    """A smoke run's results file: complete, every row honest, nothing judged. Returns its method ids."""
+    content = results.read(path)
     assert content["profile"] == "smoke" and content["chapter"] == chapter and content["wall_seconds"] > 0
-    assert set(content["provenance"]) >= {"commit", "versions", "device", "threads", "seeds", "parameters"}
+    assert set(content["provenance"]) >= {"commit", "versions", "device", "machine", "threads", "seeds", "parameters"}
+    assert content["failures"] == [] and set(content["section_seconds"]) > {"opening"}
     for row in content["rows"]:
         check_row(row, content["baseline"])
-    assert {claim["verdict"] for claim in content["claims"]} == {"not tested"}
-    methods = {row["method"] for row in content["rows"]}
-    assert {m.id for m in catalogue.load(chapter)} <= methods
+        assert row["section"] and row["track"] in ("core", "extra")
+        assert row["simulated"] or row["latency_of"] or row["latency_ms"] is not None
+    assert {claim["verdict"] for claim in content["claims"]} <= {"not tested"}
+    return {row["method"] for row in content["rows"]}
 
 
 def check_row(row: dict, baseline: dict) -> None:
@@ -60,27 +81,64 @@ def check_row(row: dict, baseline: dict) -> None:
         assert row["effect"]["tensors_reshaped"] + row["effect"]["tensors_removed"] > 0, where
 
 
+@pytest.mark.parametrize("chapter", catalogue.chapters())
+def test_every_artifact_keeps_its_contract_in_a_fresh_process(outcomes, chapter, tmp_path):
+    """Same logits, classes, ties and bytes; multiply-adds that closed form and counter agree on: for every row that has a file."""
+    out, _ = outcomes
+    rows = results.read(out / "results" / "smoke" / f"{chapter}.json")["rows"]
+    with_file = [number for number, row in enumerate(rows) if "weights_touched" in row["effect"]]
+    for number in with_file:
+        for suffix in (".safetensors", ".json"):
+            source = out / "artifacts" / f"{chapter}-{number:03d}{suffix}"
+            os.link(source, tmp_path / source.name)  # a row that was refused leaves a file that the next one replaces
+    assert len(with_file) >= (2 if chapter == "00_bert_baseline" else 33)
+    done = subprocess.run([sys.executable, "-m", "utils.contract", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("chapter", catalogue.chapters())
+def test_the_core_track_of_the_committed_notebook_reproduces(chapter, tmp_path):
+    """Through nbval where the notebook is in step; one that awaits its rerun is woven anew."""
+    name = chapter
+    if chapter in notebooks.stale():
+        outcome = runs.run_chapter(chapter, request(tmp_path, track="core"))
+        assert outcome.ok, outcome.message
+        name = outcome.name
+    else:
+        notebooks.core_copy(notebooks.NOTEBOOKS / f"{chapter}.ipynb", tmp_path / f"{chapter}.ipynb")
+        command = [sys.executable, "-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "-p",
+                   "no:cacheprovider", str(tmp_path / f"{chapter}.ipynb")]  # fmt: skip
+        environment = {**os.environ, "COMPANION_PROFILE": "smoke", "COMPANION_OUT": str(tmp_path)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout[-3000:]
+    methods = check_results(tmp_path / "results" / "smoke" / f"{name}.json", chapter)
+    core = {id for id, track in catalogue.tracks(chapter).items() if track == "core"}
+    assert core <= methods <= core | {"control"}
+
+
+@pytest.mark.parametrize("chapter", catalogue.chapters())
+def test_sections_run_alone_and_give_the_rows_that_they_give_in_the_chapter(outcomes, chapter, tmp_path):
+    out, _ = outcomes
+    whole = {(row["method"], row["label"]): row for row in results.read(out / "results" / "smoke" / f"{chapter}.json")["rows"]}
+    for key in ALONE[chapter]:
+        outcome = runs.run_chapter(chapter, request(tmp_path, sections=(key,)))
+        assert outcome.ok, outcome.message
+        rows = [
+            row for row in results.read(tmp_path / "results" / "smoke" / f"{outcome.name}.json")["rows"] if row["section"] == key
+        ]
+        assert len(rows) == sum(row["section"] == key for row in whole.values())
+        for row in rows:
+            same = whole[row["method"], row["label"]]
+            assert (row["accuracy"], row["stored_bytes"], row["effect"]) == (
+                same["accuracy"],
+                same["stored_bytes"],
+                same["effect"],
+            )
+
+
 def test_the_committed_results_hold_too():
-    for content in notebooks.results(notebooks.NOTEBOOKS, "cpu"):
+    for content in results.read_all(notebooks.NOTEBOOKS, "cpu"):
         for row in content["rows"]:
             check_row(row, content["baseline"])
         assert all(claim["verdict"] in ("supported", "contradicted", "inconclusive") for claim in content["claims"])
-
-
-def test_resume_skips_what_is_finished_from_the_same_sources(outcomes):
-    request, finished = outcomes
-    chapter = catalogue.chapters()[0]
-    assert finished[chapter].ok
-    again = notebooks.run_chapter(chapter, notebooks.Request(request.out, "smoke", request.parameters, resume=True))
-    assert again.ok and again.skipped
-    assert not notebooks._finished(again.notebook, {"profile": "cpu", "parameters": {}, "source": ""})
-
-
-def test_a_failing_notebook_is_kept_and_named(tmp_path, monkeypatch):
-    cells = [nbformat.v4.new_code_cell("1 / 0")]
-    broken = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": notebooks.KERNEL, "companion": {}})
-    monkeypatch.setattr(notebooks, "weave", lambda chapter: broken)
-    outcome = notebooks.run_chapter("00_bert_baseline", notebooks.Request(tmp_path, "smoke"))
-    assert not outcome.ok and outcome.message == "ZeroDivisionError: division by zero"
-    assert outcome.notebook.name == "00_bert_baseline.failed.ipynb" and outcome.notebook.is_file()
-    assert [path.name for path in tmp_path.iterdir()] == ["00_bert_baseline.failed.ipynb"]
+        assert json.loads(json.dumps(content, allow_nan=False)) == content

@@ -1,282 +1,448 @@
-"""A run can be stopped, killed, damaged and gone on with; it never shares its output, and never leaves a process behind."""
+"""Chapters are executed section by section, survive what ends them, and leave no process behind."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
 
-from utils import CompanionError, notebooks
-from utils import run as runs
+from utils import CompanionError, notebooks, run
 
-LESSON = """# 09 · Made up
-
-```{code-cell} python
-:tags: [parameters]
-PAUSE = 0.0
-```
-
-```{code-cell} python
-import json, os, time
+CELL = "```{{code-cell}} python\n:tags: [{tags}]\n{source}\n```\n\n"
+OPENING = '''import json, os, random, time
 from pathlib import Path
 
-journal, finished = Path(os.environ["COMPANION_JOURNAL"]), json.loads(os.environ["COMPANION_FINISHED"])
-rows = [row for row in json.loads(journal.read_text()) if row[0] in finished] if finished else []
+class Board:
+    """Keeps rows as the real board does, and notes every section that is really executed."""
 
+    def __init__(self):
+        self.journal, finished = Path(os.environ["COMPANION_JOURNAL"]), json.loads(os.environ["COMPANION_FINISHED"])
+        self.rows = [row for row in json.loads(self.journal.read_text())["rows"] if row["section"] in finished]
 
-def put(section, value):
-    rows.append([section, value])
-    journal.write_text(json.dumps(rows))
-    time.sleep(PAUSE)
+    def section(self, key):
+        self.key = key
+        random.seed(0)
+        for file in (os.environ["COMPANION_PROGRESS"], os.environ["COMPANION_OUT"] + "/executed"):
+            with open(file, "a") as opened:
+                opened.write(f"section {key}\\n")
 
+    def put(self, label):
+        time.sleep(float(os.environ.get("FAKE_PAUSE", 0)))
+        self.rows.append({"section": self.key, "label": label, "value": random.random(), "seed": SEED})
+        new = self.journal.with_suffix(".new")
+        new.write_text(json.dumps({"rows": self.rows}))
+        os.replace(new, self.journal)
 
-class board:
-    def close():
-        target = Path(os.environ["COMPANION_OUT"]) / "results" / "smoke" / (os.environ["COMPANION_NAME"] + ".json")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps({"rows": rows}))
-```
+    def close(self):
+        results = Path(os.environ["COMPANION_OUT"]) / "results" / PROFILE / (os.environ["COMPANION_NAME"] + ".json")
+        results.parent.mkdir(parents=True, exist_ok=True)
+        seconds = {"opening": 60.0, "1": 60.0, "2": 60.0, "3": 60.0}
+        results.write_text(json.dumps({"rows": self.rows, "section_seconds": seconds}))
 
-## 1 First
-
-```{code-cell} python
-put("1", "a")
-print(os.getpid())
-```
-
-## 2 Second
-
-```{code-cell} python
-put("2", "b")
-```
-
-```{code-cell} python
-put("2", "c")
-```
-
-## 3 Third
-
-```{code-cell} python
-put("3", "d")
-```
-
-## What to remember
-
-```{code-cell} python
-board.close()
-```
-"""
-MOMENTS = range(5) if os.environ.get("COMPANION_ALL_MOMENTS") else (0, 3)  # each costs three kernels
-ROWS = [["1", "a"], ["2", "b"], ["2", "c"], ["3", "d"]]
-DRIVER = """
-import sys
+board = Board()'''
+SECTIONS = ("1", "2", "3")
+COMMAND = """
+import json, sys
 from pathlib import Path
-from utils import notebooks, run as runs
-
-lesson, out = Path(sys.argv[1]), Path(sys.argv[2])
-notebooks.lesson_path = runs.lesson_path = lambda chapter: lesson
-stop = runs.Stop()
-with runs.signals(stop):
-    outcomes = runs.run_all(sys.argv[3:], runs.Request(out, "smoke", {"PAUSE": 0.4}, resume=True), 1, lambda name, what: None, stop)
-for outcome in outcomes:
-    print(outcome.name, outcome.ok, outcome.message)
-sys.exit(128 + stop.signal if stop.signal else int(not all(outcome.ok for outcome in outcomes)))
+from utils import CompanionError, cli, notebooks, run
+lessons, out, names, resume = json.loads(sys.argv[1])
+notebooks.lesson_path = run.lesson_path = lambda chapter: Path(lessons) / f"{chapter}.md"
+cli.show_results = lambda *arguments: None
+request, stop = run.Request(Path(out), "smoke", {"PROFILE": "smoke"}, resume), run.Stop()
+sys.argv = ["companion"]
+@cli.app.command("fake")
+def fake():
+    with run.signals(stop):
+        outcomes = cli.show_progress(names, request, 1, stop)
+    cli.finish(outcomes, request, stop)
+sys.argv += ["fake"]
+cli.main()
 """
+
+
+def lesson(opening: str = OPENING, **changed: str) -> str:
+    """Three sections with two rows each, the second subsection of the second one extra, and a closing section."""
+    text = "---\njupytext: {text_representation: {extension: .md, format_name: myst}}\n---\n# A chapter\n\n"
+    text += CELL.format(tags="parameters", source='PROFILE, SEED = "cpu", 0') + CELL.format(tags="", source=opening)
+    for key in SECTIONS:
+        first = changed.get(f"in_{key}", f'board.section("{key}")\nboard.put("{key}a")')
+        text += f"## {key} Section\n\n" + CELL.format(tags="", source=first)
+        text += "### More\n" + "<!-- extra -->\n" * (key == "2") + "\n" + CELL.format(tags="", source=f'board.put("{key}b")')
+    return (
+        text
+        + "## What to remember\n\n"
+        + CELL.format(tags="", source="len(board.rows)")
+        + CELL.format(tags="", source="board.close()")
+    )
+
+
+def expected(keys: tuple[str, ...] = SECTIONS, letters: str = "ab", seed: int = 0) -> list[dict]:
+    """The rows of an undisturbed run."""
+    rows = []
+    for key in keys:
+        random.seed(0)
+        rows += [{"section": key, "label": f"{key}{letter}", "value": random.random(), "seed": seed} for letter in letters]
+    return rows
 
 
 @pytest.fixture
-def lesson(tmp_path, monkeypatch):
-    """Write a lesson in place of all chapters; the function returned changes it."""
-    path = tmp_path / "lesson.md"
-    monkeypatch.setattr(notebooks, "lesson_path", lambda chapter: path)
-    monkeypatch.setattr(runs, "lesson_path", lambda chapter: path)
-
-    def write(old: str = "", new: str = "") -> Path:
-        path.write_text(LESSON.replace(old, new) if old else LESSON)
-        return path
-
-    write()
-    return write
+def chapter(tmp_path, monkeypatch):
+    """Writes the lesson of the chapter `one`; returns where."""
+    path = tmp_path / "lessons" / "one.md"
+    path.parent.mkdir()
+    path.write_text(lesson())
+    for module in (notebooks, run):
+        monkeypatch.setattr(module, "lesson_path", lambda name: path.with_name(f"{name}.md"))
+    return path
 
 
-def rows_in(out: Path, name: str = "09") -> list:
+def execute(out: Path, **options) -> run.Outcome:
+    request = run.Request(out, "smoke", {"PROFILE": "smoke", **options.pop("parameters", {})}, **options)
+    (outcome,) = run.run_all(["one"], request)
+    return outcome
+
+
+def rows(out: Path, name: str = "one") -> list[dict]:
     return json.loads((out / "results" / "smoke" / f"{name}.json").read_text())["rows"]
 
 
-def kernels(out: Path) -> list[psutil.Process]:
-    """Processes that this run has started and that are alive."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if str(out) in process.environ().get("COMPANION_JOURNAL", "") and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+def executed(out: Path) -> list[str]:
+    """Sections in the order in which they really ran, over all runs."""
+    return (out / "executed").read_text().replace("section ", "").split()
 
 
-def gone(out: Path, seconds: float = 8.0) -> bool:
-    end = time.monotonic() + seconds
-    while kernels(out) and time.monotonic() < end:
-        time.sleep(0.1)
-    return not kernels(out)
+def visible(out: Path) -> set[str]:
+    return {path.name for path in out.iterdir()} - {"executed", "results"}
 
 
-def request(out: Path, **options) -> runs.Request:
-    return runs.Request(out, "smoke", **options)
+# --- one run --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_notebook_and_results_and_nothing_else(lesson, tmp_path):
-    out = tmp_path / "out"
-    outcome = runs.run_chapter("09", request(out))
-    assert outcome.ok, outcome.message
-    assert sorted(path.name for path in out.iterdir()) == ["09.ipynb", "results"] and rows_in(out) == ROWS
-    assert runs.run_chapter("09", request(out, resume=True)).skipped
-    assert not runs.run_chapter("09", request(out, resume=True, parameters={"PAUSE": 0.01})).skipped
-    lesson('put("3", "d")', 'put("3", "other")')
-    assert not runs.run_chapter("09", request(out, resume=True)).skipped and rows_in(out)[-1] == ["3", "other"]
+def test_a_chapter_runs_with_parameters_and_leaves_only_what_it_promises(chapter, tmp_path, monkeypatch):
+    (tmp_path / "random.py").write_text("raise SystemExit('the current folder is on the path')")
+    monkeypatch.chdir(tmp_path)
+    lines, out = [], tmp_path / "out"
+    request = run.Request(out, "smoke", {"PROFILE": "smoke", "SEED": 7})
+    (outcome,) = run.run_all(["one"], request, on_progress=lambda name, what: lines.append((name, what)))
+    assert outcome.ok and not outcome.message, outcome
+    assert rows(out) == expected(seed=7)
+    assert visible(out) == {"one.ipynb"}
+    assert lines == [("one", f"section {key}") for key in ("opening", *SECTIONS, "what-to-remember")]
+    notebook = nbformat.read(outcome.notebook, as_version=4)
+    nbformat.validate(notebook)
+    assert notebooks.same_cells(notebook, notebooks.weave("one"))
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert set(notebook.metadata["companion"]["section_seconds"]) == {"opening", *SECTIONS, "what-to-remember"}
 
 
-def test_a_failing_cell_costs_itself_and_fails_the_chapter(lesson, tmp_path):
-    lesson('put("2", "b")', "1 / 0")
-    outcome = runs.run_chapter("09", request(tmp_path))
+def test_an_error_in_the_middle_costs_its_cell_and_fails_the_chapter(chapter, tmp_path):
+    chapter.write_text(lesson(in_2='board.section("2")\n1 / 0'))
+    outcome = execute(tmp_path)
     assert not outcome.ok and outcome.message == "section 2: ZeroDivisionError: division by zero"
-    assert rows_in(tmp_path) == [row for row in ROWS if row != ["2", "b"]] and outcome.notebook.name == "09.ipynb"
-    assert not runs.run_chapter("09", request(tmp_path, resume=True)).skipped
+    assert [row["label"] for row in rows(tmp_path)] == ["1a", "1b", "2b", "3a", "3b"]
+    errors = [o.ename for cell in nbformat.read(tmp_path / "one.ipynb", as_version=4).cells for o in cell.get("outputs", [])
+              if o.output_type == "error"]  # fmt: skip
+    assert errors == ["ZeroDivisionError"] and "one.ipynb" in visible(tmp_path)
+    assert not execute(tmp_path, resume=True).skipped  # a chapter with an error is not finished
 
 
-def test_an_opening_that_fails_ends_the_chapter(lesson, tmp_path):
-    lesson("import json, os, time", "import json, os, time, no_such_module")
-    outcome = runs.run_chapter("09", request(tmp_path / "out"))
-    assert not outcome.ok and "no_such_module" in outcome.message and outcome.notebook.is_file()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["09.failed.ipynb"]
+def test_an_error_in_the_opening_ends_the_chapter(chapter, tmp_path):
+    chapter.write_text(lesson(opening="import nothing_of_this_name"))
+    outcome, out = execute(tmp_path / "out"), tmp_path / "out"
+    assert not outcome.ok and outcome.message == "section opening: ModuleNotFoundError: No module named 'nothing_of_this_name'"
+    assert visible(out) == {"one.failed.ipynb"} == {outcome.notebook.name} and not (out / "executed").exists()
+    chapter.write_text(lesson())
+    assert execute(out).ok and visible(out) == {"one.ipynb"}
 
 
-def test_a_kernel_that_dies_is_named(lesson, tmp_path):
-    lesson('put("3", "d")', "os.kill(os.getpid(), 9)")
-    outcome = runs.run_chapter("09", request(tmp_path))
-    assert not outcome.ok and "section 3: the kernel died" in outcome.message and "--resume" in outcome.message
+def test_a_dead_kernel_is_named_and_resume_goes_on_with_its_section(chapter, tmp_path):
+    (tmp_path / "bomb").write_text("")
+    dies = f'board.section("2")\nif os.path.exists({str(tmp_path / "bomb")!r}):\n    os._exit(1)\nboard.put("2a")'
+    chapter.write_text(lesson(in_2=dies))
+    outcome = execute(tmp_path)
+    assert not outcome.ok and outcome.message.startswith("section 2: the kernel died") and "kept: 1; --resume" in outcome.message
+    (tmp_path / "bomb").unlink()
+    assert execute(tmp_path, resume=True).ok
+    assert executed(tmp_path) == ["1", "2", "2", "3"] and rows(tmp_path) == expected()
+    assert sum("one" in name for name in visible(tmp_path)) == 1
 
 
-def test_sections_and_tracks_have_names_of_their_own(lesson, tmp_path):
-    outcome = runs.run_chapter("09", request(tmp_path, sections=("2",)))
-    assert outcome.ok and outcome.name == "09.section-2" and rows_in(tmp_path, "09.section-2") == ROWS[1:3]
-    assert runs.run_chapter("09", request(tmp_path, track="core")).notebook.name == "09.core.ipynb"
+def test_sections_and_tracks_run_under_names_of_their_own(chapter, tmp_path):
+    outcome = execute(tmp_path, sections=("2",))
+    assert outcome.ok and outcome.notebook.name == "one.section-2.ipynb"
+    assert rows(tmp_path, "one.section-2") == expected(("2",))
+    outcome = execute(tmp_path, track="core")
+    assert outcome.ok and outcome.notebook.name == "one.core.ipynb"
+    assert [row["label"] for row in rows(tmp_path, "one.core")] == ["1a", "1b", "2a", "3a", "3b"]
+    assert "no section 9: choose from 1, 2, 3, what-to-remember" in execute(tmp_path, sections=("9",)).message
 
 
-def test_going_on_keeps_finished_sections_and_gives_the_same_rows(lesson, tmp_path):
-    lesson('put("3", "d")', 'put("3", "lost"); os.kill(os.getpid(), 9)')
-    assert not runs.run_chapter("09", request(tmp_path)).ok
-    partial = json.loads((tmp_path / ".09" / "partial.ipynb").read_text())
-    first = next(cell for cell in partial["cells"] if cell["source"] == ['put("1", "a")\n', "print(os.getpid())"])
-    lesson()
-    stamp = runs.make_stamp("09", request(tmp_path))
-    partial["metadata"]["companion"]["stamp"] = stamp  # as if the third section had died by itself
-    (tmp_path / ".09" / "partial.ipynb").write_text(json.dumps(partial))
-    assert runs.finished_sections(tmp_path / ".09", stamp) == ["1", "2"]
-    assert runs.run_chapter("09", request(tmp_path, resume=True)).ok and rows_in(tmp_path) == ROWS
-    after = json.loads((tmp_path / "09.ipynb").read_text())
-    assert first["outputs"][0]["text"] in [cell["outputs"][0]["text"] for cell in after["cells"] if cell.get("outputs")]
-
-
-@pytest.mark.parametrize("damage", ["", "{", '{"rows": 3}'])
-def test_damaged_leftovers_count_as_not_there(lesson, tmp_path, damage):
-    assert runs.run_chapter("09", request(tmp_path)).ok
-    (tmp_path / ".09").mkdir()
-    for path in (tmp_path / ".09" / "partial.ipynb", tmp_path / ".09" / "rows.json", tmp_path / "results/smoke/09.json"):
-        path.write_text(damage)
-    outcome = runs.run_chapter("09", request(tmp_path, resume=True))
-    assert outcome.ok and outcome.skipped == (damage == '{"rows": 3}')
-
-
-def test_the_stamp_knows_the_content_of_data_and_model(tmp_path):
+def test_resume_compares_what_a_run_was_made_from(chapter, tmp_path):
     data = tmp_path / "data.csv"
-    data.write_text("text,label\nfine,1\n")
-    first = runs.content_key(str(data))
-    assert first == runs.content_key(str(data)) != str(data)
-    data.write_text("text,label\nfine,0\n")
-    folder = runs.content_key(str(tmp_path))
-    assert runs.content_key(str(data)) != first
-    (tmp_path / "more").write_text("")
-    assert runs.content_key(str(tmp_path)) != folder and runs.content_key("embedded") == "embedded"
+    data.write_text("text,label\n")
+    again = {"parameters": {"DATASET": str(data)}, "resume": True}
+    chapter.write_text(lesson().replace("SEED = ", "DATASET = SEED = "))
+    assert execute(tmp_path, **again).ok
+    assert execute(tmp_path, **again).skipped
+    data.rename(tmp_path / "renamed.csv")
+    assert execute(tmp_path, parameters={"DATASET": str(tmp_path / "renamed.csv")}, resume=True).skipped
+    request = run.Request(tmp_path, "smoke", {"PROFILE": "smoke", "DATASET": str(data)})
+    data.write_text("text,label\n\n")
+    final, results = tmp_path / "one.ipynb", run.results_file(request, "one")
+    assert not run.finished(final, results, run.make_stamp("one", request))  # other data
+    data.write_text("text,label\n")
+    stamp = run.make_stamp("one", request)
+    assert run.finished(final, results, stamp)
+    chapter.write_text(chapter.read_text() + "\n")
+    assert run.make_stamp("one", request) != stamp  # another lesson
+    for damaged in (results, final):
+        whole = damaged.read_bytes()
+        for part in (whole[: len(whole) // 2], b""):
+            damaged.write_bytes(part)
+            assert not run.finished(final, results, stamp)
+        damaged.unlink()
+        assert not run.finished(final, results, stamp)
+        damaged.write_bytes(whole)
 
 
-def start(lesson: Path, out: Path, *chapters: str) -> subprocess.Popen:
-    """The command's own code in a process of its own."""
-    arguments = [sys.executable, "-c", DRIVER, str(lesson), str(out), *chapters]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def test_content_of_folders_counts(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("1")
+    first = run.content_key(str(tmp_path / "first"))
+    assert first == run.content_key(str(tmp_path / "second"))
+    (tmp_path / "second" / "weights").rename(tmp_path / "second" / "other")
+    assert first != run.content_key(str(tmp_path / "second"))
+    assert run.content_key("hub/name") == "hub/name" and run.content_key(None) == "default"
 
 
-def wait_for_rows(out: Path, count: int, name: str = "09") -> None:
-    journal, end = out / f".{name}" / "rows.json", time.monotonic() + 60
-    while time.monotonic() < end:
-        try:
-            if len(json.loads(journal.read_text())) >= count:
-                return
-        except (OSError, ValueError):
-            pass
-        time.sleep(0.05)
-    log = out / f".{name}" / "log"
-    raise AssertionError(f"no {count} rows within a minute: {log.read_text() if log.is_file() else 'no child was started'}")
+@pytest.mark.parametrize("damaged", ["partial.ipynb", "rows.json"])
+def test_what_cannot_be_read_of_an_interrupted_run_counts_as_not_there(chapter, tmp_path, damaged):
+    stamp, folder = run.make_stamp("one", run.Request(tmp_path)), tmp_path / ".one"
+    notebook = notebooks.weave("one")
+    notebook.metadata["companion"] |= {"stamp": stamp, "finished": ["opening", "1", "2", "3", "what-to-remember"]}
+    folder.mkdir()
+    nbformat.write(notebook, folder / "partial.ipynb")
+    (folder / "rows.json").write_text(json.dumps(run.NO_ROWS))
+    assert run.finished_sections(folder, stamp) == ["1", "2", "3"]  # the opening and the closing section always run
+    assert run.finished_sections(folder, {**stamp, "profile": "full"}) == []
+    whole = (folder / damaged).read_text()
+    for text in (whole[: len(whole) // 2], "", "[]"):
+        (folder / damaged).write_text(text)
+        assert run.finished_sections(folder, stamp) == []
 
 
-def test_two_runs_on_one_output_do_not_mix(lesson, tmp_path):
-    first = start(lesson(), tmp_path, "09")
-    wait_for_rows(tmp_path, 1)
-    with pytest.raises(CompanionError, match=f"being run into .* already .process {first.pid}."):
-        runs.run_chapter("09", request(tmp_path))
-    assert first.wait(30) == 0 and rows_in(tmp_path) == ROWS
+def test_an_output_that_cannot_be_written_is_one_clear_line(chapter, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CompanionError, match=r"cannot write to .*file"):
+        execute(tmp_path / "file" / "out")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_kernels_and_pending_chapters(lesson, tmp_path, number, status):
-    process = start(lesson(), tmp_path, "08", "09")
-    wait_for_rows(tmp_path, 2, "08")
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=15)
-    assert process.returncode == status and "08 False stopped" in out
-    assert gone(tmp_path) and not (tmp_path / ".09").exists()
-    again = start(lesson(), tmp_path, "08")
-    assert again.wait(30) == 0 and rows_in(tmp_path, "08") == ROWS
+# --- progress -------------------------------------------------------------------------------------------------------
 
 
-def test_a_closed_terminal_stops_nothing(lesson, tmp_path):
-    process = start(lesson(), tmp_path, "09")
-    wait_for_rows(tmp_path, 1)
-    os.killpg(process.pid, signal.SIGHUP)
-    assert process.wait(30) == 0 and rows_in(tmp_path) == ROWS
+def test_time_left_follows_an_earlier_run(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    clock = run.Clock({"opening": 60.0, "1": 120.0, "2": 240.0})
+    assert clock.left("section opening") == " · about 7 min left"
+    now[0] = 1.0  # the baseline comes from the cache this time: that says nothing of the machine's speed
+    assert clock.left("section 1") == " · about 6 min left"
+    now[0] = 241.0  # twice as slow as then
+    assert clock.left("section 2") == " · about 8 min left"
+    now[0] = 421.0
+    assert clock.left("P-01 half") == " · about 5 min left"
+    assert clock.left("section 9") == ""
+    assert run.Clock({}).left("section 1") == ""
+
+
+def test_time_left_after_resume_counts_only_what_is_still_to_run(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    clock = run.Clock({"opening": 60.0, "1": 6000.0, "2": 240.0})
+    now[0] = 60.0
+    assert clock.left("section 2") == " · about 4 min left"
+
+
+def test_progress_tells_the_time_only_where_an_earlier_run_is_known(chapter, tmp_path):
+    request, lines = run.Request(tmp_path, "smoke"), []
+    tell = run.with_time_left(lines.append, request, "one", ["opening", *SECTIONS])
+    tell("section 1")
+    run.results_file(request, "one").parent.mkdir(parents=True)
+    seconds = {"2": 60.0, "1": 60.0, "opening": 60.0, "3": 60.0}  # an interrupted run writes them in another order
+    run.results_file(request, "one").write_text(json.dumps({"section_seconds": seconds}))
+    run.with_time_left(lines.append, request, "one", ["opening", *SECTIONS])("section 1")
+    core = run.Request(tmp_path, "smoke", track="core")  # the whole chapter says nothing of its core track
+    run.with_time_left(lines.append, core, "one", ["opening", *SECTIONS])("section 1")
+    assert lines == ["section 1", "section 1 · about 3 min left", "section 1"]
+
+
+def test_a_vanished_terminal_does_not_stop_the_progress(tmp_path):
+    def gone(line):
+        raise BrokenPipeError
+
+    (tmp_path / "progress").write_text("section 1\nsection 1\nP-01 half\nhalf a li")
+    told, lines = [""], []
+    run.pass_on(tmp_path / "progress", told, gone)
+    assert told == ["", "section 1", "section 1", "P-01 half"]
+    run.pass_on(tmp_path / "progress", [""], lines.append)
+    assert lines == ["section 1", "P-01 half"]
+
+
+# --- what ends a run ------------------------------------------------------------------------------------------------
+
+
+class Command:
+    """`companion run` on fake lessons, in a process of its own."""
+
+    def __init__(
+        self, lessons: Path, out: Path, names: tuple[str, ...] = ("one",), resume: bool = False, pause: float = 0.3, **options
+    ):
+        self.mark, self.out = uuid.uuid4().hex, out
+        arguments = [sys.executable, "-c", COMMAND, json.dumps([str(lessons), str(out), names, resume])]
+        environment = {**os.environ, "FAKE_PAUSE": str(pause), "FAKE_MARK": self.mark, "COLUMNS": "300"}
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
+        self.process = subprocess.Popen(arguments, env=environment, start_new_session=True, **options)
+
+    def alive(self) -> list[psutil.Process]:
+        """All processes that descend from the command, whoever their parent is now."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("FAKE_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def child(self) -> psutil.Process:
+        return next(process for process in self.alive() if "utils.execute" in process.cmdline())
+
+    def wait_for_rows(self, count: int) -> None:
+        journal = self.out / ".one" / "rows.json"
+        wait_until(lambda: journal.is_file() and len(json.loads(journal.read_text() or '{"rows": []}')["rows"]) >= count)
+
+    def leaves_nothing(self) -> None:
+        wait_until(lambda: not self.alive())
+
+
+def wait_until(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def check_resume(out: Path, kept: list[str]) -> None:
+    """Going on executes none of the sections kept, and gives the rows of an undisturbed run."""
+    before = len(executed(out)) if (out / "executed").exists() else 0
+    outcome = execute(out, resume=True)
+    assert outcome.ok, outcome
+    assert rows(out) == expected()
+    assert executed(out)[before:] == [key for key in SECTIONS if key not in kept]
+    assert visible(out) == {"one.ipynb"}
+    outputs = [cell.outputs for cell in nbformat.read(outcome.notebook, as_version=4).cells if cell.source == "len(board.rows)"]
+    assert outputs[0][0].data["text/plain"] == "6"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_command_stops_everything_in_order(chapter, tmp_path, number):
+    chapter.with_name("two.md").write_text(lesson())
+    command = Command(chapter.parent, tmp_path / "out", ("one", "two"))
+    command.wait_for_rows(3)
+    command.process.send_signal(number)
+    said, _ = command.process.communicate(timeout=10)
+    assert command.process.returncode == 128 + number
+    command.leaves_nothing()
+    assert f"stopped by {number.name}; finished sections kept: 1; --resume goes on from there" in said and "Traceback" not in said
+    assert "two" not in said and visible(tmp_path / "out") == {".one"}
+    check_resume(tmp_path / "out", ["1"])
+
+
+def test_a_killed_command_takes_its_kernel_along(chapter, tmp_path):
+    command = Command(chapter.parent, tmp_path / "out")
+    command.wait_for_rows(3)
+    command.process.kill()
+    command.process.wait()
+    command.leaves_nothing()
+    check_resume(tmp_path / "out", ["1"])
+
+
+def test_a_killed_child_takes_its_kernel_along_and_is_named(chapter, tmp_path):
+    command = Command(chapter.parent, tmp_path / "out")
+    command.wait_for_rows(3)
+    command.child().kill()
+    said, _ = command.process.communicate(timeout=10)
+    assert command.process.returncode == 1 and "the executing process was killed by SIGKILL" in said
+    command.leaves_nothing()
+    check_resume(tmp_path / "out", ["1"])
+
+
+def test_a_kernel_busy_in_foreign_code_dies_too(chapter, tmp_path):
+    """A thread that holds the interpreter keeps ipykernel's own look-out for its parent from running."""
+    busy = 'board.section("1")\nimport ctypes\nboard.put("1a")\nctypes.PyDLL(None).sleep(60)'
+    chapter.write_text(lesson(in_1=busy))
+    command = Command(chapter.parent, tmp_path / "out")
+    command.wait_for_rows(1)
+    command.child().kill()
+    command.process.communicate(timeout=10)
+    command.leaves_nothing()
+
+
+def test_two_runs_on_one_output(chapter, tmp_path):
+    command = Command(chapter.parent, tmp_path / "out")
+    command.wait_for_rows(1)
+    with pytest.raises(CompanionError, match=rf"one is being run into .*out already \(process {command.process.pid}\)"):
+        execute(tmp_path / "out")
+    assert execute(tmp_path / "other").ok
+    said, _ = command.process.communicate(timeout=60)
+    assert command.process.returncode == 0, said
+    assert rows(tmp_path / "out") == rows(tmp_path / "other") == expected()
+    assert visible(tmp_path / "out") == {"one.ipynb"}
+
+
+def test_a_closed_terminal_does_not_stop_the_run(chapter, tmp_path):
+    master, terminal = os.openpty()
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "text": False}
+    command = Command(chapter.parent, tmp_path / "out", **streams)
+    os.close(terminal)
+    reader = threading.Thread(target=lambda: os.read(master, 1 << 20), daemon=True)
+    reader.start()
+    command.wait_for_rows(2)
+    os.close(master)
+    command.process.send_signal(signal.SIGHUP)
+    command.process.wait(60)
+    assert rows(tmp_path / "out") == expected() and visible(tmp_path / "out") == {"one.ipynb"}
+    command.leaves_nothing()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["command", "child"])
-def test_killed_and_gone_on_with_it_gives_the_same_rows(lesson, tmp_path, victim):
-    for moment in MOMENTS:
+def test_killed_at_ten_moments(chapter, tmp_path):
+    started = time.monotonic()
+    undisturbed = Command(chapter.parent, tmp_path / "whole")
+    undisturbed.process.communicate(timeout=60)
+    length = time.monotonic() - started
+    for moment in range(10):
         out = tmp_path / str(moment)
-        process = start(lesson(), out, "09")
-        wait_for_rows(out, 1) if moment else time.sleep(0.6)
-        time.sleep(0.3 * moment)
-        child = [p for p in psutil.Process(process.pid).children() if "utils.execute" in " ".join(p.cmdline())]
-        if victim == "command":
-            process.kill()
-        else:
-            for other in child:
-                other.kill()
-        process.communicate(timeout=15)
-        assert gone(out), f"moment {moment}: {kernels(out)}"
-        again = start(lesson(), out, "09")
-        said, _ = again.communicate(timeout=60)
-        assert again.returncode == 0 and rows_in(out) == ROWS, f"moment {moment}: {said}"
-        assert sorted(path.name for path in out.iterdir()) == ["09.ipynb", "results"]
-
-
-def test_time_left_follows_earlier_sections(tmp_path, monkeypatch):
-    clock = runs.Clock({"opening": 60.0, "1": 120.0, "2": 120.0})
-    assert clock.left("P-03 something") == " · about 5 min left"
-    monkeypatch.setattr(time, "perf_counter", lambda: clock.started + 360.0)  # twice as slow as before
-    assert clock.left("section 2") == " · about 4 min left"
-    assert runs.Clock({}).left("section 1") == ""
+        command = Command(chapter.parent, out)
+        time.sleep(length * (moment + 0.5) / 10)
+        victims = (
+            [command.process.pid]
+            if moment % 2
+            else [process.pid for process in command.alive() if "utils.execute" in process.cmdline()]
+        )
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        command.process.communicate(timeout=30)
+        command.leaves_nothing()
+        assert execute(out, resume=True).ok
+        assert rows(out) == rows(tmp_path / "whole") == expected() and visible(out) == {"one.ipynb"}, moment
