@@ -4,6 +4,7 @@ Torch and transformers are imported inside the commands, so that `--help` and a 
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from safetensors import SafetensorError
 
 from utils import CompanionError
 
@@ -24,6 +26,7 @@ app = typer.Typer(help="BERT compression companion: run, build and check the not
                   add_completion=False, pretty_exceptions_enable=False)  # fmt: skip
 console = Console(width=None if sys.stdout.isatty() else 150)
 errors = Console(stderr=True)
+OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # a full or closed disk is no fault of the program
 DEFAULT_PROFILE = os.environ.get("COMPANION_PROFILE") or "cpu"
 DEFAULTS = {"MODEL": "embedded", "DATASET": "rotten_tomatoes", "SEED": 0, "DEVICE": "auto"}
 
@@ -32,12 +35,23 @@ ProfileOption = Annotated[str, typer.Option(help="smoke, cpu, full or gpu (full 
 
 
 def main() -> None:
-    """Entry point: a CompanionError becomes one line on stderr and exit code 2."""
+    """Entry point: what the user or the machine can mend becomes one line on stderr and exit code 2; our own faults stay tracebacks."""
     try:
         app()
     except CompanionError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(2)
+        fail(str(error))
+    except SafetensorError as error:
+        fail(f"a safetensors file cannot be read or written ({error})")
+    except OSError as error:
+        if error.errno not in OUTSIDE:
+            raise
+        fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}")
+
+
+def fail(message: str) -> None:
+    """Say what is wrong in one line, and exit."""
+    errors.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    sys.exit(2)
 
 
 @app.command()
@@ -95,16 +109,14 @@ def show_progress(names: list[str], request, jobs: int, stop) -> list:
     from utils import run as runs
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
-    clocks = {name: runs.Clock(runs.earlier_seconds(request.out, request.profile, name)) for name in names}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         lines = {name: progress.add_task(name, total=1, now="waiting") for name in names}
 
         def on_progress(name: str, what: str) -> None:
-            text = what + clocks[name].left(what)
             with contextlib.suppress(OSError):
-                progress.update(lines[name], now=escape(text))
+                progress.update(lines[name], now=escape(what))
                 if not console.is_terminal:
-                    console.print(escape(f"{name}: {text}"), highlight=False)
+                    console.print(escape(f"{name}: {what}"), highlight=False)
 
         return runs.run_all(names, request, jobs, on_progress, stop)
 
@@ -129,25 +141,27 @@ def weave(
     chapters: Chapters = None,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a notebook is out of step.")] = False,
 ) -> None:
-    """Build notebooks (without outputs) from lessons and code, or check that the committed ones match."""
+    """Build notebooks (without outputs) from lessons and code, or check that the committed ones match.
+
+    One that awaits its rerun keeps its outputs unless it is named.
+    """
     from utils import notebooks
 
-    problems, stale = [], notebooks.stale()
-    for name in notebooks.check_chapters(chapters or []):
-        if check:
-            problem = notebooks.out_of_step(name)
-            if problem and name in stale:
-                errors.print(escape(f"warning: {name} is stale: {stale[name]}"), highlight=False)
-            problems += [problem] if problem and name not in stale else []
-            continue
-        path = notebooks.NOTEBOOKS / f"{name}.ipynb"
-        if notebooks.out_of_step(name) is None:
-            console.print(f"{path} is in step")
-            continue
-        nbformat.write(notebooks.weave(name), path)
-        console.print(f"{path} written without outputs: `companion run {name} --out notebooks` executes it")
-    if problems:
-        raise CompanionError("; ".join(problems) + ": run `companion run --out notebooks`")
+    found = {name: notebooks.out_of_step(name) for name in notebooks.check_chapters(chapters or [])}
+    awaited = {name: why for name, why in notebooks.stale().items() if found.get(name) and (check or not chapters)}
+    for name, why in awaited.items():
+        errors.print(escape(f"warning: {name} is stale: {why}"), highlight=False, soft_wrap=True)
+    wrong = {name: problem for name, problem in found.items() if problem and name not in awaited}
+    if check and wrong:
+        raise CompanionError("; ".join(wrong.values()) + ": run `companion run --out notebooks`")
+    if check:
+        return
+    for name in [name for name in found if name not in awaited]:
+        path, text = notebooks.NOTEBOOKS / f"{name}.ipynb", "is in step"
+        if name in wrong:
+            nbformat.write(notebooks.weave(name), path)
+            text = f"written without outputs: `companion run {name} --out notebooks` executes it"
+        console.print(escape(f"{path} {text}"), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -180,17 +194,19 @@ def catalogue(
 def report(
     profile: ProfileOption = "cpu",
     out: Annotated[Path, typer.Option(help="The run to report.")] = Path("runs"),
-    readme: Annotated[bool, typer.Option("--readme", help="Write the tables into README.md instead.")] = False,
+    readme: Annotated[
+        bool, typer.Option("--readme", help="Write README.md's tables instead: profile full where there is one, else cpu.")
+    ] = False,
     machines: Annotated[bool, typer.Option("--machines", help="Speeds and verdicts about time, machine by machine.")] = False,
     against: Annotated[str | None, typer.Option(help="What changed since this git revision.")] = None,
 ) -> None:
     """Print the results tables and the verdicts on the claims; `--readme` puts them into README.md."""
+    from utils import cache, results
     from utils import report as reports
-    from utils import results
 
     if readme:
-        text = reports.with_tables(reports.README.read_text(encoding="utf-8"), results.read_all(out, profile))
-        reports.README.write_text(text, encoding="utf-8")
+        text = reports.with_tables(reports.README.read_text(encoding="utf-8"), results.of_record(out))
+        cache.write_atomically(reports.README, text)
     elif against:
         for line in reports.changes(out, profile, against) or [f"nothing left its interval since {against}"]:
             console.print(escape(line), highlight=False, soft_wrap=True)
@@ -204,15 +220,16 @@ def show_results(out: Path, profile: str, names: list[str] | None = None) -> Non
     """Print a table per chapter and the verdicts."""
     from utils import results
 
-    contents = results.read_all(out, profile) if names is None else [
-        results.read(out / "results" / profile / f"{name}.json") for name in names
-        if (out / "results" / profile / f"{name}.json").is_file()]  # fmt: skip
-    for content in contents:
+    if names is None:
+        contents = {content["chapter"]: content for content in results.read_all(out, profile)}
+    else:
+        files = {name: out / "results" / profile / f"{name}.json" for name in names}
+        contents = {name: results.read(file) for name, file in files.items() if file.is_file()}
+    for name, content in contents.items():
         baseline, rows = results.rows_of(content)
         columns, lines = results.table(rows, baseline)
-        table = Table(
-            *columns, title=escape(f"{content['chapter']}, profile {content['profile']}, {results.machine_of(content)}")
-        )
+        title = escape(f"{name}, profile {content['profile']}, {results.machine_of(content)}")
+        table = Table(*map(escape, columns), title=title)
         for line in lines:
             table.add_row(*map(escape, line))
         console.print(table)
@@ -225,7 +242,7 @@ def show_machines(found: dict[str, dict[str, dict[str, str]]]) -> None:
     """A table per chapter: a column per machine."""
     for chapter, lines in found.items():
         names = sorted({machine for values in lines.values() for machine in values})
-        table = Table("", *map(escape, names), title=chapter)
+        table = Table("", *map(escape, names), title=escape(chapter))
         for line, values in lines.items():
             table.add_row(escape(line), *(escape(values.get(name, "")) for name in names))
         console.print(table)

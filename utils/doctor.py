@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 Check = tuple[str, str, str, str]  # what, state (ok, optional, missing), what was found, what to do
 
@@ -73,17 +74,21 @@ def _bfloat16() -> tuple:
 
 
 def _kernel() -> tuple:
+    """Whether the kernel `python3` runs in this environment. Links are not followed: every environment's python is one to the system's."""
     from jupyter_client.kernelspec import KernelSpecManager
 
     program = KernelSpecManager().get_kernel_spec("python3").argv[0]
-    found = shutil.which(program) or program
-    if os.path.realpath(found) != os.path.realpath(sys.executable) and not found.startswith(sys.prefix):
-        return (
-            "missing",
-            f"kernel python3 runs {found}, not {sys.executable}",
-            f"{sys.executable} -m ipykernel install --sys-prefix",
-        )
-    return "ok", found, ""
+    version = sys.version_info
+    if program in ("python", f"python{version[0]}", f"python{version[0]}.{version[1]}"):
+        program = sys.executable  # as jupyter_client itself reads these names
+    found = os.path.abspath(shutil.which(program) or program)
+    if not os.access(found, os.X_OK):
+        wrong = f"kernel python3 runs {found}, which is no program"
+    elif not Path(found).is_relative_to(sys.prefix) and found != os.path.abspath(sys.executable):
+        wrong = f"kernel python3 runs {found}, not {sys.executable}"
+    else:
+        return "ok", found, ""
+    return "missing", wrong, f"{sys.executable} -m ipykernel install --sys-prefix"
 
 
 def _processor() -> tuple:

@@ -149,16 +149,25 @@ def heatmap(
     axes.figure.colorbar(image, ax=axes, label=unit, shrink=0.9)
     size = SMALL * plt.rcParams["font.size"]
     panels = max(1, sum(other.get_label() != "<colorbar>" for other in axes.figure.axes))
-    room = 72 * 0.62 * axes.figure.get_figwidth() / panels / len(xlabels)  # points per cell, colour bar and labels taken off
-    while digits and max(len(f"{value:.{digits}f}") for value in np.ravel(values)) * 0.6 * size > room:
+    share = 0.62 if max(len(str(label)) for label in ylabels) < 5 else 0.42  # of a panel, colour bar and names taken off
+    room = 72 * share * axes.figure.get_figwidth() / panels / len(xlabels)  # points per cell
+    if not long and 0.6 * size * (max(len(str(label)) for label in xlabels) + 0.5) > room:
+        axes.set_xticks(range(0, len(xlabels), 2), xlabels[::2])
+    wanted = digits
+    while digits and number_width(values, digits, size) > room:
         digits -= 1
-    if max(len(f"{value:.{digits}f}") for value in np.ravel(values)) * 0.6 * size > room:
+    if number_width(values, digits, size) > room or (digits == 0 < wanted and np.nanmax(values) - np.nanmin(values) < 5):
         return
     middle = (image.norm.vmin + image.norm.vmax) / 2
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             shade = "black" if value > middle else "white"
             axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=size, color=shade)
+
+
+def number_width(values: np.ndarray, digits: int, size: float) -> float:
+    """Points that the widest number of a map takes, with a little air."""
+    return 0.6 * size * (max(len(f"{value:.{digits}f}") for value in np.ravel(values)) + 0.3)
 
 
 def plane(

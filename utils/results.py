@@ -1,7 +1,8 @@
 """Rows and results files: one typed row, one definition of its columns, three renderings, and the JSON on disk.
 
 `results/<profile>/<chapter>.json` is the file of record. Times hold for one machine, so the file names it; what other machines
-measured lies beside it as `<chapter>@<machine>.json` (`machines` lays them side by side).
+measured lies beside it as `<chapter>@<machine>.json` (`companion report --machines` lays them side by side). Runs of a part
+lie there too, as `<chapter>.section-7.json` or `<chapter>.core.json`; they are nobody's record.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+import textwrap
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +20,17 @@ import pandas
 from utils import CompanionError, cache
 
 ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = 118  # of a printed line
+RECORD = ("full", "cpu")  # profiles whose results count, the better first
+ENTRIES = {
+    "chapter": str,
+    "profile": str,
+    "provenance": dict,
+    "baseline": dict,
+    "rows": list,
+    "claims": list,
+    "wall_seconds": int | float,
+}
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy", "scipy")
 INSTRUCTIONS = {
     "avx512_vnni": "VNNI",
@@ -70,6 +83,8 @@ class Row:
     @classmethod
     def from_dict(cls, content: dict) -> "Row":
         """A row read from JSON. Raises CompanionError for keys that no row has, or that every row has and this one lacks."""
+        if not isinstance(content, dict):
+            raise CompanionError(f"a row is no dictionary, but {content!r:.40}")
         known = {f.name for f in fields(cls)}
         if set(content) - known:
             raise CompanionError(f"a row has unknown entries: {', '.join(sorted(set(content) - known))}")
@@ -109,19 +124,31 @@ class Row:
         return "" if one is None or many is None else f"{one:.2f} / {many:.2f}"
 
     def summary(self) -> str:
-        """One line for the reader, right after a method ran."""
-        low, high = (100 * end for end in self.drop_ci95)
-        against = f", {interval(**self._against())} against dense training" if self.against_control else ""
-        return (f"{self.method} {self.label}: {100 * self.accuracy:.1f} % (drop {100 * self.drop:.1f} [{low:.1f}, {high:.1f}]{against}), "
-                f"{self.stored_bytes / 1e6:.1f} MB, speed {self.speeds()}")  # fmt: skip
+        """What a reader sees right after a method ran: one line, folded where it is longer than a page is wide."""
+        facts = [f"accuracy {100 * self.accuracy:.1f} % (drop {interval(self.drop, self.drop_ci95, '+')} points)",
+                 f"{self.stored_bytes / 1e6:.1f} MB", *self._speed_in_words()]  # fmt: skip
+        if self.label_loyalty is not None:
+            facts.append(f"loyalty {100 * self.label_loyalty:.0f} %")
+        if self.against_control:
+            against = self.against_control
+            facts.append(f"{interval(against['difference'], against['ci95'], '+')} points against {against['control']}")
+        unbroken = (fact.replace(" ", "\xa0") for fact in facts)  # a line is folded between facts, not inside
+        line = f"{self.method} {self.label}: {', '.join(unbroken)}"
+        return textwrap.fill(line, COLUMNS, subsequent_indent="    ", break_on_hyphens=False).replace("\xa0", " ")
 
-    def _against(self) -> dict:
-        return {"value": self.against_control["difference"], "ends": self.against_control["ci95"]}
+    def _speed_in_words(self) -> list[str]:
+        said = self.speeds()
+        if not said:
+            return []
+        if said == "as dense":
+            return ["speed as the dense one"]
+        linked = f" (timed as {self.latency_of})" if self.latency_of and not self.simulated else ""
+        return [f"speed {said if self.simulated else '×' + said.replace('/ ', '/ ×')}{linked}"]
 
 
-def interval(value: float, ends: list[float]) -> str:
-    """A share as points with its interval: 2.3 [1.0, 3.6]."""
-    return f"{100 * value:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
+def interval(value: float, ends: list[float], sign: str = "") -> str:
+    """A share as points with its interval: 2.3 [1.0, 3.6]; with the sign `+`: +2.3 [1.0, 3.6]."""
+    return f"{100 * value:{sign}.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
 
 
 # --- renderings -----------------------------------------------------------------------------------------------------
@@ -168,17 +195,33 @@ def read(source: Path) -> dict:
         raise CompanionError(
             f"{source} is no readable results file ({str(error).splitlines()[0]}): run the chapter again"
         ) from None
-    if not isinstance(content, dict) or not {"chapter", "profile", "baseline", "rows", "claims"} <= set(content):
+    whole = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in ENTRIES.items())
+    if not whole or "device" not in content["provenance"]:
         raise CompanionError(f"{source} is no results file of this suite")
     return content
 
 
 def read_all(out: Path, profile: str) -> list[dict]:
-    """The results files of a run, chapter by chapter, other machines' files aside. Raises CompanionError where there are none."""
-    found = [file for file in sorted((out / "results" / profile).glob("*.json")) if "@" not in file.stem]
+    """The files of record of a run, chapter by chapter; files of other machines and of parts aside. CompanionError where there are none."""
+    found = files(out, profile)
     if not found:
         raise CompanionError(f"no results of profile {profile!r} under {out}: run `companion run --profile {profile}` first")
-    return [read(file) for file in found]
+    return [read(file) for file in found.values()]
+
+
+def files(out: Path, profile: str) -> dict[str, Path]:
+    """The files of record of a run: chapter -> path."""
+    return {file.stem: file for file in sorted((out / "results" / profile).glob("*.json")) if not {"@", "."} & set(file.stem)}
+
+
+def of_record(out: Path) -> list[dict]:
+    """What the README shows: for every chapter the file of profile `full` where there is one, else that of `cpu`. CompanionError for none."""
+    found: dict[str, Path] = {}
+    for profile in RECORD:
+        found = files(out, profile) | found
+    if not found:
+        raise CompanionError(f"no results of profile {' or '.join(RECORD)} under {out}: run `companion run` first")
+    return [read(found[chapter]) for chapter in sorted(found)]
 
 
 def rows_of(content: dict) -> tuple[Row, list[Row]]:
@@ -239,7 +282,8 @@ def machine_name(found: dict) -> str:
         return found["gpu"]
     fast = [INSTRUCTIONS[name] for name in found["instructions"]]
     fast = fast[:-1] if len(fast) > 1 and fast[-1] == "AVX2" else fast  # said only where there is nothing faster
-    return f"{found['processor']}{' (' + ', '.join(fast) + ')' if fast else ''}, {found['cores']} cores"
+    cores = f"{found['cores']} core{'s' * (found['cores'] != 1)}"
+    return f"{found['processor']}{' (' + ', '.join(fast) + ')' if fast else ''}, {cores}"
 
 
 def machine_slug(found: dict) -> str:

@@ -1,68 +1,272 @@
 """The command answers wrong arguments in one line, and right ones with what they promise."""
 
-import json
+import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import nbformat
 import pytest
+import torch
+from safetensors import SafetensorError
 
-from utils import cli, notebooks
+from utils import CompanionError, cli, notebooks, prose, report, results
+from utils import run as runs
 from utils.catalogue import ROOT
+from utils.results import Row
 
 
-def companion(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "utils.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=300)
+@pytest.fixture
+def companion(monkeypatch, capsys):
+    """Runs the command in this process: exit status, and what it wrote to stdout and stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["companion", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """What `run` would start, without starting it."""
+    started = []
+    monkeypatch.setattr(cli, "preflight", lambda *arguments: None)
+    monkeypatch.setattr(cli, "show_progress", lambda names, request, jobs, stop: started.append((names, request, jobs)) or [])
+    return started
+
+
+# --- wrong arguments ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("run", "99"), "unknown chapter '99'"),
+        (("run", "x[/bold]"), "unknown chapter 'x[/bold]'"),  # no markup
         (("run", "00", "--profile", "fast"), "unknown profile 'fast'"),
         (("run", "00", "--device", "tpu"), "unknown device 'tpu'"),
-        (("run", "00", "--dataset", "no/such-data"), "neither built in"),
-        (("run", "00", "--model", "no/such-model"), "could not be loaded"),
-        (("report", "--out", "nowhere"), "no results of profile"),
+        (("run", "00", "--track", "short"), "unknown track 'short'"),
+        (("run", "00", "--section", "77"), "no section 77"),
+        (("run", "00", "--out", "README.md"), "README.md is a file"),
+        (("report", "--out", "nowhere"), "no results of profile 'cpu' under nowhere"),
+        (("report", "--out", "notebooks", "--against", "no-such-revision"), "no revision 'no-such-revision'"),
+        (("report", "--out", "nowhere", "--readme"), "no results of profile full or cpu"),
+        (("weave", "99"), "unknown chapter '99'"),
+        (("lint", "99"), "unknown chapter '99'"),
         (("catalogue", "--chapter", "99"), "unknown chapter"),
     ],
 )
-def test_wrong_arguments_are_one_clear_line(arguments, message):
-    done = companion(*arguments, HF_HUB_OFFLINE="1")
-    said = " ".join(done.stderr.split())
-    assert done.returncode == 2 and message in said
-    assert "Traceback" not in done.stderr
+def test_wrong_arguments_are_one_clear_line(companion, monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
+    status, _, said = companion(*arguments)
+    assert status == 2 and message in said
+    assert said.startswith("error: ") and said.count("\n") == 1
 
 
-def test_cuda_asked_for_and_absent():
-    done = companion("run", "00", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 2 and "sees no CUDA GPU" in " ".join(done.stderr.split())
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+def test_a_seed_that_numpy_would_refuse_is_refused_at_once(companion, no_work, seed):
+    status, _, said = companion("run", "00", "--seed", seed)
+    assert status == 2 and "--seed" in said and no_work == []
 
 
-def test_doctor_reports_and_never_raises(tmp_path):
-    done = companion("doctor", COMPANION_CACHE=str(tmp_path))
-    assert done.returncode == 0, done.stdout
-    for what in ("embedded model", "embedded data", "CUDA GPU", "Jupyter kernel", "cache folder", "transformers"):
-        assert what in done.stdout
-    (tmp_path / "file").write_text("")
-    broken = companion("doctor", COMPANION_CACHE=str(tmp_path / "file"))
-    assert broken.returncode == 1 and "missing" in broken.stdout and "Traceback" not in broken.stderr + broken.stdout
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--dataset", "no/such-data"), "neither built in"), (("--model", "no/such-model"), "could not be loaded")],
+)
+def test_data_and_models_that_are_not_there(arguments, message):
+    command = [sys.executable, "-m", "utils.cli", "run", "00", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=300
+    )
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_results_table_of_the_readme_has_a_line_per_row():
-    for content in notebooks.results(notebooks.NOTEBOOKS, "cpu"):
-        assert len(cli.markdown_rows(content)) == len(content["rows"]) + 3
+@pytest.mark.parametrize("arguments", [("--device", "cuda"), ("--profile", "gpu")])
+def test_cuda_asked_for_and_absent(companion, monkeypatch, arguments):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, _, said = companion("run", "00", *arguments)
+    assert status == 2 and "sees no CUDA GPU" in said
 
 
-def test_help_names_every_command():
-    done = companion("--help")
-    assert all(name in done.stdout for name in ("doctor", "run", "weave", "catalogue", "report", "bench"))
+# --- what goes wrong later ------------------------------------------------------------------------------------------
 
 
-def test_bench_prints_json():
-    done = companion("bench")
-    content = json.loads(done.stdout)
-    assert content["matmul_gflops"]["fp32"] > 0
-    assert 0 < content["training_step"]["share_of_matmul_rate"] < 1.5
-    assert set(content["stage_seconds"]) >= {"import", "data", "model", "30 training steps", "inference on validation"}
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (CompanionError("two\nlines [/] long"), "error: two lines [/] long"),
+        (SafetensorError("header too large"), "error: a safetensors file cannot be read or written (header too large)"),
+        (OSError(errno.ENOSPC, "No space left on device", "a[b].json"), "error: No space left on device: a[b].json"),
+        (PermissionError(errno.EACCES, "Permission denied"), "error: Permission denied"),
+    ],
+)
+def test_what_the_user_or_the_machine_can_mend_is_one_line(companion, monkeypatch, raised, message):
+    monkeypatch.setattr(cli, "app", raiser(raised))
+    assert companion() == (2, "", message + "\n")
+
+
+@pytest.mark.parametrize("raised", [ValueError("ours"), FileNotFoundError(errno.ENOENT, "ours"), OSError("ours")])
+def test_our_own_faults_stay_tracebacks(monkeypatch, raised):
+    monkeypatch.setattr(cli, "app", raiser(raised))
+    with pytest.raises(type(raised), match="ours"):
+        cli.main()
+
+
+def raiser(error: Exception):
+    def work() -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("signum", "oks", "status"), [(None, (True, True), 0), (None, (True, False), 1), (2, (False,), 130), (15, (), 143)]
+)
+def test_the_exit_status_says_how_the_run_ended(companion, monkeypatch, tmp_path, signum, oks, status):
+    outcomes = [
+        runs.Outcome("one", f"one{i}", tmp_path / "one.ipynb", ok, message="" if ok else "P-05 [/] failed")
+        for i, ok in enumerate(oks)
+    ]
+    shown = []
+    monkeypatch.setattr(cli, "show_results", lambda out, profile, names: shown.append(names))
+    stop = runs.Stop(signal=signum)
+
+    def app() -> None:
+        try:
+            cli.finish(outcomes, runs.Request(tmp_path, "smoke"), stop)
+        except cli.typer.Exit as ended:
+            sys.exit(ended.exit_code)
+        sys.exit(0)
+
+    monkeypatch.setattr(cli, "app", app)
+    found, said, _ = companion()
+    assert found == status and ("P-05 [/] failed" in said) == (not all(oks))
+    assert bool(shown) == (signum is None)
+
+
+# --- run ------------------------------------------------------------------------------------------------------------
+
+
+def test_run_passes_on_what_it_was_asked_for(companion, no_work, tmp_path):
+    companion("run", "00", "01", "--profile", "full", "--seed", "3", "--device", "cpu", "--jobs", "2", "--out", str(tmp_path / "new"),
+              "--section", "2", "--section", "3", "--track", "core", "--resume")  # fmt: skip
+    ((names, request, jobs),) = no_work
+    assert (names, jobs) == (["00_bert_baseline", "01_pruning"], 2)
+    parameters = {"PROFILE": "full", "SEED": 3, "DEVICE": "cpu"}
+    assert request == runs.Request(tmp_path / "new", "full", parameters, True, ("2", "3"), "core")
+
+
+def test_what_is_usual_is_no_parameter_and_local_data_have_a_full_path(companion, no_work, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.csv").write_text("text,label\n")
+    companion("run", "00", "--profile", "cpu", "--dataset", "my.csv")
+    ((_, request, _),) = no_work
+    assert request.parameters == {"DATASET": str(tmp_path.resolve() / "my.csv")} and request.sections == ()
+
+
+def test_help_names_every_command(companion):
+    _, said, _ = companion("--help")
+    assert all(f" {name} " in said for name in ("doctor", "run", "weave", "catalogue", "report", "bench", "lint"))
+
+
+# --- report ---------------------------------------------------------------------------------------------------------
+
+
+def content(chapter: str, label: str = "heads by [/]", profile: str = "cpu") -> dict:
+    row = Row(method="P-20a", label=label, accuracy=0.81, accuracy_ci95=[0.79, 0.83], drop=0.02, drop_ci95=[0.01, 0.035], parameters=10,
+              nonzero_parameters=8, parameters_without_embeddings=5, stored_bytes=71_000_000, stored_bytes_without_embeddings=1,
+              macs=345_000_000, latency_ratio={"batch1": 1.25, "batch32": 2.0})  # fmt: skip
+    claim = {"id": "C2", "unit": "round", "verdict": "supported", "statement": "faster [sic]"}
+    baseline = {**row.as_dict(), "method": "-", "label": "baseline"}
+    return {"chapter": chapter, "profile": profile, "provenance": {"device": "AMD [EPYC], 2 cores"}, "baseline": baseline,
+            "rows": [row.as_dict()], "claims": [claim], "wall_seconds": 60}  # fmt: skip
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    """A run of two chapters, one of them also in full, and a section of one."""
+    cpu, full = tmp_path / "results" / "cpu", tmp_path / "results" / "full"
+    results.write(cpu / "00_bert_baseline.json", content("00_bert_baseline"))
+    results.write(cpu / "01_pruning.json", content("01_pruning"))
+    results.write(cpu / "01_pruning.section-7.json", content("01_pruning", "of a section"))
+    results.write(full / "01_pruning.json", content("01_pruning", "in full", "full"))
+    return tmp_path
+
+
+def test_report_shows_rows_and_verdicts_as_they_are_written(companion, out):
+    status, said, _ = companion("report", "--out", str(out))
+    assert status == 0 and said.count("heads by [/]") == 2 and "of a section" not in said
+    assert "01_pruning, profile cpu, AMD [EPYC], 2 cores" in said and "faster [sic]" in said and "drop [95 %]" in said
+
+
+def test_a_part_of_a_chapter_is_shown_after_its_run(out, capsys):
+    cli.show_results(out, "cpu", ["01_pruning.section-7", "missing"])
+    said = capsys.readouterr().out
+    assert "01_pruning.section-7, profile cpu" in said and "of a section" in said and "heads by" not in said
+
+
+def test_report_lays_machines_side_by_side(companion, out):
+    results.write(
+        out / "results" / "cpu" / "01_pruning@x.json", {**content("01_pruning"), "provenance": {"device": "Xeon [AMX]"}}
+    )
+    status, said, _ = companion("report", "--out", str(out), "--machines")
+    assert status == 0 and "Xeon [AMX]" in said and "P-20a heads by [/]" in said
+
+
+def test_the_readme_takes_the_full_profile_where_there_is_one(companion, out, tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n")
+    monkeypatch.setattr(report, "README", readme)
+    assert companion("report", "--out", str(out), "--readme") == (0, "", "")
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "in full" in text and "profile full" in text and text.count("heads by [/]") == 1 and "of a section" not in text
+
+
+# --- weave, lint ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_notebooks(tmp_path, monkeypatch) -> Path:
+    """A chapter out of step that awaits its rerun (`00`), and one out of step that does not (`01`)."""
+    old, new = (nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text, id="a")]) for text in ("old", "new"))
+    for name in ("00", "01"):
+        nbformat.write(old, tmp_path / f"{name}.ipynb")
+    (tmp_path / "STALE.json").write_text('{"00": "the rerun is due"}')
+    for name, value in {"NOTEBOOKS": tmp_path, "ROOT": tmp_path, "weave": lambda name, *parts: new,
+                        "check_chapters": lambda names: names or ["00", "01"]}.items():  # fmt: skip
+        monkeypatch.setattr(notebooks, name, value)
+    return tmp_path
+
+
+def cells(folder: Path) -> list[str]:
+    return [nbformat.read(folder / f"{name}.ipynb", as_version=4).cells[0].source for name in ("00", "01")]
+
+
+def test_weave_check_writes_nothing_and_fails_for_what_is_not_awaited(companion, two_notebooks):
+    status, _, said = companion("weave", "--check")
+    assert (
+        status == 2 and "01.ipynb is out of step" in said and "00 is stale: the rerun is due" in said and "00.ipynb" not in said
+    )
+    assert companion("weave", "00", "--check")[0] == 0
+    assert cells(two_notebooks) == ["old", "old"]
+
+
+def test_weave_keeps_the_outputs_of_a_notebook_that_awaits_its_rerun_unless_it_is_named(companion, two_notebooks):
+    status, said, _ = companion("weave")
+    assert status == 0 and "01.ipynb written without outputs" in said and cells(two_notebooks) == ["old", "new"]
+    assert "01.ipynb is in step" in companion("weave", "01")[1]
+    companion("weave", "00")
+    assert cells(two_notebooks) == ["new", "new"]
+
+
+def test_lint_names_every_problem_and_fails(companion, monkeypatch):
+    monkeypatch.setattr(prose, "problems", lambda chapter: ["a cell of [/] 99 lines"] if chapter.startswith("01") else [])
+    status, said, why = companion("lint")
+    assert status == 2 and said == "01_pruning: a cell of [/] 99 lines\n" and "1 problems" in why
+    assert companion("lint", "00")[0] == 0

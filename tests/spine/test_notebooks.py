@@ -31,6 +31,11 @@ def request(out, **options) -> runs.Request:
     return runs.Request(out, "smoke", {"PROFILE": "smoke", "DEVICE": DEVICE}, **options)
 
 
+def run_one(chapter: str, wanted: runs.Request) -> runs.Outcome:
+    (outcome,) = runs.run_all([chapter], wanted)
+    return outcome
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """All chapters, executed once; their artifacts are kept."""
@@ -38,7 +43,7 @@ def outcomes(tmp_path_factory):
     (out / "artifacts").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMPANION_ARTIFACTS", str(out / "artifacts"))
-        yield out, {chapter: runs.run_chapter(chapter, request(out)) for chapter in catalogue.chapters()}
+        yield out, {chapter: run_one(chapter, request(out)) for chapter in catalogue.chapters()}
 
 
 @pytest.mark.parametrize("chapter", catalogue.chapters())
@@ -101,7 +106,7 @@ def test_the_core_track_of_the_committed_notebook_reproduces(chapter, tmp_path):
     """Through nbval where the notebook is in step; one that awaits its rerun is woven anew."""
     name = chapter
     if chapter in notebooks.stale():
-        outcome = runs.run_chapter(chapter, request(tmp_path, track="core"))
+        outcome = run_one(chapter, request(tmp_path, track="core"))
         assert outcome.ok, outcome.message
         name = outcome.name
     else:
@@ -121,7 +126,7 @@ def test_sections_run_alone_and_give_the_rows_that_they_give_in_the_chapter(outc
     out, _ = outcomes
     whole = {(row["method"], row["label"]): row for row in results.read(out / "results" / "smoke" / f"{chapter}.json")["rows"]}
     for key in ALONE[chapter]:
-        outcome = runs.run_chapter(chapter, request(tmp_path, sections=(key,)))
+        outcome = run_one(chapter, request(tmp_path, sections=(key,)))
         assert outcome.ok, outcome.message
         rows = [
             row for row in results.read(tmp_path / "results" / "smoke" / f"{outcome.name}.json")["rows"] if row["section"] == key

@@ -1,12 +1,15 @@
-"""What people look at: labels that can be read, numbers that fit their cells."""
+"""What people look at: labels that can be read, numbers that fit their cells, figures that are also said in words."""
 
+import base64
 import itertools
 
 import matplotlib
+import nbformat
 import numpy as np
 import pytest
 
 from utils import plots
+from utils.results import Row
 
 matplotlib.use("agg")
 
@@ -18,15 +21,21 @@ def axes():
     plots.plt.close(figure)
 
 
+def a_row(method: str, accuracy: float, stored_bytes: float, **changes) -> Row:
+    fields = {"method": method, "label": method, "accuracy": accuracy, "accuracy_ci95": [accuracy - 0.01, accuracy + 0.01], "drop": 0.0,
+              "drop_ci95": [0.0, 0.0], "parameters": 1, "nonzero_parameters": 1, "parameters_without_embeddings": 1,
+              "stored_bytes": int(stored_bytes), "stored_bytes_without_embeddings": 1, "macs": 1}  # fmt: skip
+    return Row(**{**fields, **changes})
+
+
+BASELINE = a_row("-", 0.83, 9.1e7)
+
+
 def test_labels_of_neighbouring_points_do_not_overlap(axes):
-    rows = [{"method": f"P-{i:02}", "accuracy": 0.8 + 0.001 * (i % 3), "stored_bytes": 5e7 + 1e4 * i} for i in range(6)]
-    rows += [
-        {"method": "P-90", "accuracy": 0.6, "stored_bytes": 9e7},
-        {"method": "control", "accuracy": 0.5, "stored_bytes": 6e7},
-    ]
-    baseline = {"accuracy": 0.83, "stored_bytes": 9.1e7}
-    methods = tuple(row["method"] for row in rows[:-1])
-    plots.plane(axes, rows, baseline, "stored_bytes", "MB", "title", {"some": methods, "controls": ("control",)})
+    rows = [a_row(f"P-{i:02}", 0.8 + 0.001 * (i % 3), 5e7 + 1e4 * i) for i in range(6)]
+    rows += [a_row("P-90", 0.6, 9e7), a_row("control", 0.5, 6e7)]
+    methods = tuple(row.method for row in rows[:-1])
+    plots.plane(axes, rows, BASELINE, "stored_bytes", "MB", "title", {"some": methods, "controls": ("control",)})
     axes.figure.canvas.draw()
     assert sorted(text.get_text() for text in axes.texts if text.get_text()) == sorted(method[2:] for method in methods)
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
@@ -35,12 +44,71 @@ def test_labels_of_neighbouring_points_do_not_overlap(axes):
     assert max(shared) < 0.25 * min(box.width * box.height for box in boxes)
 
 
-@pytest.mark.parametrize(("columns", "digits", "expected"), [(3, 2, "-0.39"), (12, 2, "-.39"), (12, 1, "-0.4")])
-def test_crowded_cells_drop_the_zero_before_the_point(axes, columns, digits, expected):
-    plots.heatmap(axes, np.full((2, columns), -0.39), list(range(columns)), [0, 1], "title", "unit", digits, vmin=-1, vmax=1)
-    assert {text.get_text() for text in axes.texts} == {expected}
+def test_a_plane_without_rows_and_rows_without_speed(axes):
+    plots.plane(axes, [], BASELINE, "batch32", "speed", "title", {"some": ("P-01",)})
+    plots.plane(axes, [a_row("P-01", 0.8, 1e7)], BASELINE, "batch32", "speed", "title", {"some": ("P-01",)})
+    assert axes.texts[:] == []
+
+
+def test_numbers_stand_in_a_map_only_where_they_can_be_read(axes):
+    plots.heatmap(axes, np.full((2, 3), -0.394), [0, 1, 2], [0, 1], "title", "unit", 2, vmin=-1, vmax=1)
+    assert {text.get_text() for text in axes.texts} == {"-0.39"}
+    assert all(text.get_fontsize() >= 9 for text in axes.texts)
+
+
+@pytest.mark.parametrize(("columns", "expected"), [(10, {"-0.4"}), (40, set())])
+def test_crowded_maps_drop_digits_and_then_numbers(axes, columns, expected):
+    plots.heatmap(axes, np.full((2, columns), -0.394), list(range(columns)), [0, 1], "title", "unit", 2, vmin=-1, vmax=1)
+    assert {text.get_text() for text in axes.texts} == expected
 
 
 def test_cells_without_a_number_stay_empty(axes):
     plots.heatmap(axes, np.array([[1.0, np.nan]]), ["a", "b"], ["c"], "title", "unit", vmin=0, vmax=1)
     assert [text.get_text() for text in axes.texts] == ["1.00"]
+
+
+@pytest.mark.parametrize(("columns", "width"), [(1, 5.0), (1, 6.6), (2, 6.0), (3, 4.6)])
+def test_text_has_nine_points_in_a_column_of_720_pixels(columns, width):
+    figure, _ = plots.figure(1, columns, width=width)
+    shrunk = min(1.0, 720 / (figure.get_figwidth() * plots.DPI))
+    pixels = plots.SMALL * plots.plt.rcParams["font.size"] * plots.DPI / 72 * shrunk
+    assert pixels >= 9 * 96 / 72
+    plots.plt.close(figure)
+
+
+def test_a_curve_shows_how_sure_it_is(axes):
+    plots.curves(axes, [0, 1], {"a": [50.0, 60.0]}, "x (s)", "y (%)", "Title", error=3.6)
+    assert axes.collections[0].get_paths()[0].get_extents().ymin == pytest.approx(46.4)
+    text = plots.describe(axes.figure)
+    assert text == "Title (y (%) against x (s)): a from 50 to 60."
+
+
+def test_a_figure_in_words_follows_its_data():
+    figure, panels = plots.figure(1, 3)
+    plots.curves(panels[0], [0, 1, 2], {"up and down": [1.0, 9.0, 2.0]}, "x", "y", "Lines")
+    panels[1].bar(["a", "b"], [3.0, 4.0])
+    panels[1].set_title("Bars")
+    plots.heatmap(panels[2], np.array([[1.0, 5.0]]), ["left", "right"], ["row"], "Map", "unit")
+    figure.canvas.draw()
+    text = plots.describe(figure)
+    assert "up and down from 1 to 2 (lowest 1, highest 9)" in text and "bars 3, 4" in text
+    assert "map of 1 × 2, lowest 1 at row, left, highest 5 at row, right" in text
+    plots.plt.close(figure)
+
+
+def test_show_gives_image_alt_text_and_words_that_nbconvert_writes(monkeypatch):
+    from nbconvert import HTMLExporter
+
+    shown = []
+    monkeypatch.setattr(plots, "display", lambda data, raw=False, metadata=None: shown.append((data, metadata)))
+    figure, axes = plots.figure()
+    plots.curves(axes, [0, 1], {"<a>": [1.0, 2.0]}, "x", "y", "Title")
+    plots.show(figure, alt="And more.")
+    (image, metadata), (words, _) = shown
+    assert metadata["image/png"]["alt"] == image["text/plain"] == "Title (y against x): <a> from 1 to 2. And more."
+    assert "&lt;a&gt; from 1 to 2" in words.data and not plots.plt.get_fignums()
+    data = {**image, "image/png": base64.b64encode(image["image/png"]).decode()}
+    output = nbformat.v4.new_output("display_data", data=data, metadata=metadata)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])])
+    page, _ = HTMLExporter(template_name="classic").from_notebook_node(notebook)
+    assert 'alt="Title (y against x): &lt;a&gt; from 1 to 2. And more."' in page
