@@ -358,8 +358,8 @@ class Board:
         self.failures = [failure for failure in content["failures"] if failure["section"] in finished]
         self.section_seconds = {name: s for name, s in content["section_seconds"].items() if name in finished}
         for row in self.rows:
-            if row.latency_ratio and row.latency_of is None and row.structure:
-                self._timed[row.structure] = (row.label, {name: getattr(row, name) for name in TIMING})
+            if row.latency_ratio and row.structure:
+                self._timed[row.structure] = (row.latency_of or row.label, {name: getattr(row, name) for name in TIMING})
 
     # --- measuring --------------------------------------------------------------------------------------------------
 

@@ -236,11 +236,14 @@ def rows_of(content: dict) -> tuple[Row, list[Row]]:
 
 
 def provenance() -> dict:
-    """What a reader needs to trust or repeat a number: commit, versions, platform, threads."""
+    """What a reader needs to trust or repeat a number: commit, versions, platform, threads. Where there is no git, the commit is unknown."""
     import torch
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        except OSError:
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     return {

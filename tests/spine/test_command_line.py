@@ -220,11 +220,11 @@ def test_report_lays_machines_side_by_side(companion, out):
 
 def test_the_readme_takes_the_full_profile_where_there_is_one(companion, out, tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n")
+    readme.write_text("before\n<!-- results:begin -->\nstale table\n<!-- results:end -->\nafter\n")
     monkeypatch.setattr(report, "README", readme)
     assert companion("report", "--out", str(out), "--readme") == (0, "", "")
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale table" not in text
     assert "in full" in text and "profile full" in text and text.count("heads by [/]") == 1 and "of a section" not in text
 
 

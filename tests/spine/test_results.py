@@ -1,7 +1,9 @@
 """Rows say the same in every rendering; results files are whole or an error; reports compare machines and commits."""
 
 import json
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +30,17 @@ def test_a_row_survives_json_and_unknown_or_missing_entries_are_named():
         Row.from_dict({**row.as_dict(), "speed_of_light": 1})
     with pytest.raises(CompanionError, match="incomplete"):
         Row.from_dict({"method": "P-01"})
+    with pytest.raises(CompanionError, match="no dictionary"):
+        Row.from_dict(["P-01"])
+
+
+def test_a_row_of_the_first_edition_is_read_without_what_is_new():
+    old = a_row().as_dict()
+    for name in ("section", "track", "against_control", "part_kinds", "structure", "latency_of"):
+        del old[name]
+    row = Row.from_dict(old)
+    assert (row.section, row.track, row.against_control, row.part_kinds, row.latency_of) == ("", "core", None, [], None)
+    assert (row.speed(1), row.speed(32), row.speed(8), a_row(latency_ratio=None).speed(1)) == (1.25, 2.0, None, None)
 
 
 def test_one_row_three_renderings():
@@ -38,7 +51,37 @@ def test_one_row_three_renderings():
     lines = results.as_markdown([row], BASELINE).splitlines()
     assert len(lines) == 4 and "heads by \\|R\\|" in lines[3]
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1  # a bar inside a cell adds no column
-    assert "81.0 % (drop 2.0 [1.0, 3.5], -1.2 [-2.0, 0.1] against dense training)" in row.summary()
+
+
+AGAINST = {"control": "dense, 30 steps at 0.0001", "difference": -0.012, "ci95": [-0.02, 0.001]}
+
+
+def test_the_line_after_a_method_says_all_that_was_measured():
+    assert a_row(label="short").summary() == (
+        "P-20a short: accuracy 81.0 % (drop +2.0 [1.0, 3.5] points), 71.0 MB, speed ×1.25 / ×2.00, loyalty 90 %"
+    )
+    gain = a_row(drop=-0.004, drop_ci95=[-0.01, 0.001], label_loyalty=None, latency_ratio=None)
+    assert gain.summary() == "P-20a heads by |R|: accuracy 81.0 % (drop -0.4 [-1.0, 0.1] points), 71.0 MB"
+
+
+def test_a_long_line_is_folded_between_facts():
+    text = a_row(label="a label as long as the longest of the suite has ever been", against_control=AGAINST).summary()
+    assert text.splitlines()[1:] == [
+        "    71.0 MB, speed ×1.25 / ×2.00, loyalty 90 %, -1.2 [-2.0, 0.1] points against dense, 30 steps at 0.0001"
+    ]
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"simulated": True}, "speed emulated,"),
+        ({"latency_of": "baseline"}, "speed as the dense one,"),
+        ({"latency_of": "25 % of heads"}, "speed ×1.25 / ×2.00 (timed as 25 % of heads),"),
+    ],
+)
+def test_the_line_says_whose_speed_it_is(changes, said):
+    assert said in a_row(**changes).summary()
 
 
 @pytest.mark.parametrize(
@@ -63,12 +106,46 @@ def content(chapter: str = "01_pruning", machine: str = "AMD EPYC, 2 cores", **c
 def test_files_that_are_cut_short_or_foreign_are_clear_errors(tmp_path):
     results.write(tmp_path / "a.json", content())
     assert results.read(tmp_path / "a.json")["chapter"] == "01_pruning"
-    for damage in ("", "{", "[]", '{"rows": 1}'):
+    kept = content()
+    lacking = [{**kept, "rows": {}}, {**kept, "provenance": {}}] + [{k: v for k, v in kept.items() if k != name} for name in kept]
+    for damage in ("", "{", "[]", '{"rows": 1}', "\x00\x01", *map(json.dumps, lacking)):
         (tmp_path / "a.json").write_text(damage)
         with pytest.raises(CompanionError, match="results file"):
             results.read(tmp_path / "a.json")
     with pytest.raises(CompanionError, match="no readable results file"):
         results.read(tmp_path / "missing.json")
+
+
+def test_files_go_where_the_run_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPANION_OUT", str(tmp_path))
+    assert results.path("01_pruning", "cpu") == tmp_path / "results" / "cpu" / "01_pruning.json"
+    monkeypatch.delenv("COMPANION_OUT")
+    assert results.path("x", "full") == results.ROOT / "runs" / "results" / "full" / "x.json"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    results.write(tmp_path / "a.json", content())
+    before = (tmp_path / "a.json").read_text()
+    with pytest.raises(ValueError):
+        results.write(tmp_path / "a.json", content(wall_seconds=float("nan")))
+    assert (tmp_path / "a.json").read_text() == before
+
+
+def test_parts_and_other_machines_are_no_record(tmp_path):
+    for name in ("02_quantization", "01_pruning", "01_pruning@amd", "01_pruning.core", "01_pruning.section-7"):
+        results.write(tmp_path / "results" / "cpu" / f"{name}.json", content(name))
+    assert [found["chapter"] for found in results.read_all(tmp_path, "cpu")] == ["01_pruning", "02_quantization"]
+    with pytest.raises(CompanionError, match="no results of profile 'full'"):
+        results.read_all(tmp_path, "full")
+
+
+def test_the_record_is_full_where_there_is_one_and_else_cpu(tmp_path):
+    for profile, chapter in (("smoke", "00"), ("cpu", "01"), ("cpu", "02"), ("full", "02"), ("full", "03"), ("full", "04@amd")):
+        results.write(tmp_path / "results" / profile / f"{chapter}.json", content(chapter, profile=profile))
+    found = [(one["chapter"], one["profile"]) for one in results.of_record(tmp_path)]
+    assert found == [("01", "cpu"), ("02", "full"), ("03", "full")]
+    with pytest.raises(CompanionError, match="no results of profile full or cpu"):
+        results.of_record(tmp_path / "nowhere")
 
 
 def test_machines_lie_side_by_side(tmp_path):
@@ -91,18 +168,33 @@ def test_machines_lie_side_by_side(tmp_path):
         ({"processor": "AMD EPYC", "instructions": ["avx512_vnni", "avx512_bf16", "avx2"], "cores": 2, "gpu": None},
          "AMD EPYC (VNNI, AVX-512 bf16), 2 cores"),
         ({"processor": "AMD EPYC", "instructions": ["avx2"], "cores": 2, "gpu": None}, "AMD EPYC (AVX2), 2 cores"),
+        ({"processor": "Xeon", "instructions": ["avx512_vnni", "amx_int8", "amx_bf16", "avx2"], "cores": 1, "gpu": None},
+         "Xeon (VNNI, AMX int8, AMX bf16), 1 core"),
+        ({"processor": "Apple M3", "instructions": [], "cores": 8, "gpu": None}, "Apple M3, 8 cores"),
         ({"processor": "x", "instructions": [], "cores": 1, "gpu": "NVIDIA H100"}, "NVIDIA H100"),
     ],
 )  # fmt: skip
 def test_machines_in_words(machine, name):
     assert results.machine_name(machine) == name
-    assert results.machine_slug(machine) == results.machine_slug(machine).lower() and "@" not in results.machine_slug(machine)
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", results.machine_slug(machine))  # neither @ nor a dot: those have a meaning
 
 
 def test_this_machine_has_a_name_and_cores():
     found = results.machine()
     assert found["processor"] and found["cores"] >= 1 and found["gpu"] is None
     assert set(found["instructions"]) <= set(results.INSTRUCTIONS)
+    flags = Path("/proc/cpuinfo")
+    if flags.is_file() and re.search(r"^flags", flags.read_text(), re.MULTILINE):
+        words = set(re.search(r"^flags\s*:(.*)$", flags.read_text(), re.MULTILINE)[1].split())
+        assert set(found["instructions"]) <= words
+        assert ("avx2" in words) == ("avx2" in found["instructions"])
+
+
+def test_a_run_can_end_where_there_is_no_git(monkeypatch):
+    known = results.provenance()
+    assert re.fullmatch("[0-9a-f]{40}|unknown", known["commit"]) and known["threads"] >= 1
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert results.provenance() == {**known, "commit": "unknown", "uncommitted_code": False}
 
 
 def test_what_changed_since_a_revision(tmp_path, monkeypatch):
@@ -127,7 +219,7 @@ def test_what_changed_since_a_revision(tmp_path, monkeypatch):
 
 def test_the_readme_shows_what_the_results_render_to():
     text = report.README.read_text(encoding="utf-8")
-    assert report.with_tables(text, results.read_all(notebooks.NOTEBOOKS, "cpu")) == text
+    assert report.with_tables(text, results.of_record(notebooks.NOTEBOOKS)) == text
 
 
 def test_committed_verdicts_follow_from_their_evidence():
