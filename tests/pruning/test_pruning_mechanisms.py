@@ -1,0 +1,167 @@
+"""Scope, order and defaults of pruning methods: what is cut, by which rule, with which data. Each test once had a mutant that lived."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from utils.bert import dense_weight, matrices
+from utils.pruning import densify, heads, hessian, layers, neurons
+from utils.pruning.iterative import agp_pruning
+from utils.pruning.magnitude import magnitude_masks
+from utils.pruning.masks import held_masks, hold_masks
+
+OPTIMIZER = SimpleNamespace(param_groups=[{"lr": 0.1}])
+
+
+def grow_norms(model) -> None:
+    """Give neuron i of every layer a group whose size rises with i."""
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            size = torch.arange(1, 65).float()
+            layer.intermediate.dense.weight.copy_(size[:, None] * 0.01)
+            layer.output.dense.weight.copy_(size[None, :] * 0.01)
+
+
+@pytest.mark.method("P-13a", "P-13b", "P-13c")
+@pytest.mark.parametrize("groups", neurons.GROUPS)
+def test_the_smallest_groups_go_after_the_penalty(tiny, groups):
+    grow_norms(tiny)
+    tiny.bert.encoder.layer[1].intermediate.dense.weight.data[:7] = 0
+    tiny.bert.encoder.layer[1].output.dense.weight.data[:, :7] = 0
+    keep, zeroed = neurons.neurons_after_prox(tiny, 0.25, groups)
+    assert zeroed == {0: 0, 1: 7}
+    for number in (0, 1):
+        assert keep[number].nonzero().flatten().tolist() == list(range(16, 64))
+
+
+@pytest.mark.method("P-13c")
+def test_of_two_separate_groups_the_smaller_one_counts(tiny):
+    grow_norms(tiny)
+    tiny.bert.encoder.layer[0].output.dense.weight.data[:, 63] = 0  # the largest neuron is cut off at its output
+    norms = neurons.group_norms(tiny, "separate")[0]
+    incoming = tiny.bert.encoder.layer[0].intermediate.dense.weight.norm(dim=1)
+    assert norms[63] == 0
+    torch.testing.assert_close(norms[:63], incoming[:63])
+
+
+@pytest.mark.method("P-13a", "P-13b")
+@pytest.mark.parametrize("prox", [neurons.prox_l21, neurons.prox_linf1])
+def test_a_proximal_step_uses_the_map_that_it_was_given_at_the_rate_of_the_optimiser(tiny, prox):
+    before = [layer.intermediate.dense.weight.detach().clone() for layer in tiny.bert.encoder.layer]
+    neurons.proximal_step(0.4, prox, "incoming")(1, tiny, OPTIMIZER)
+    for layer, old in zip(tiny.bert.encoder.layer, before, strict=True):
+        torch.testing.assert_close(layer.intermediate.dense.weight.detach(), prox(old, 0.1 * 0.4))
+        other = neurons.prox_linf1 if prox is neurons.prox_l21 else neurons.prox_l21
+        assert not torch.allclose(layer.intermediate.dense.weight.detach(), other(old, 0.1 * 0.4), atol=1e-4)
+
+
+@pytest.mark.method("P-11")
+def test_pruning_back_keeps_the_largest_active_weights(tiny):
+    hold_masks(tiny, {m.name: torch.ones_like(m.weight, dtype=torch.bool) for m in matrices(tiny)})
+    first = matrices(tiny)[0]
+    with torch.no_grad():
+        dense_weight(first).copy_(torch.arange(1.0, 1025.0).view(32, 32))
+    densify.prune_back(tiny, 0.75)
+    assert held_masks(tiny)[first.name].flatten().nonzero().flatten().tolist() == list(range(768, 1024))
+
+
+@pytest.mark.method("P-11")
+def test_growth_looks_at_all_batches_and_at_its_alpha(tiny, batch):
+    other = {**batch, "labels": 1 - batch["labels"]}
+
+    def grown(batches: list[dict], alpha: float) -> dict:
+        model = copy.deepcopy(tiny)
+        hold_masks(model, magnitude_masks(model, 0.9))
+        densify.grow_and_prune(batches, 0.9, alpha=alpha, frequency=1, end=2)(1, model, OPTIMIZER)
+        return held_masks(model)
+
+    def share(masks: dict) -> float:
+        return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+
+    both = grown([batch, other], 0.9)
+    assert any(not torch.equal(both[name], mask) for name, mask in grown([batch], 0.9).items())
+    assert share(grown([batch], 0.95)) < share(grown([batch], 0.9)) < share(grown([batch], 0.5))
+    seed = magnitude_masks(tiny, 0.9)
+    hold_masks(tiny, seed)  # the gradient is that of the sparse model
+    gradients = densify.dense_gradients(tiny, [batch, other])
+    assert all(torch.equal(both[name], densify.grown_mask(seed[name], gradients[name], 0.9)) for name in both)
+
+
+@pytest.mark.method("P-01")
+def test_obd_scores_weigh_the_curvature_with_the_squared_weight(tiny, batch):
+    h = hessian.fisher_diagonal(tiny, [batch])
+    scores = hessian.obd_scores(tiny, [batch], damping=0.0)
+    for m in matrices(tiny):
+        torch.testing.assert_close(scores[m.name], 0.5 * h[m.name] * m.weight.detach() ** 2)
+
+
+@pytest.mark.method("P-01")
+def test_a_negative_curvature_does_not_make_a_weight_look_harmful():
+    weight, h = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([-5.0, 0.0, 1.0])
+    assert hessian.obd_saliency(weight, h).tolist() == [0.0, 0.0, 4.5]
+    assert hessian.obd_saliency(weight, h, damping=0.5).tolist() == [0.25, 1.0, 6.75]  # damping orders what has none
+
+
+@pytest.mark.method("P-07")
+def test_agp_prunes_every_matrix_to_the_schedule(tiny):
+    with torch.no_grad():  # matrices of other sizes: one ranking over all would empty the first
+        for number, m in enumerate(matrices(tiny)):
+            m.weight.mul_(10.0 ** (number % 3))
+    hook = agp_pruning(0.5, start=1, end=3, frequency=1)
+    for step in (1, 2, 3):
+        hook(step, tiny, OPTIMIZER)
+    assert {round(1 - mask.float().mean().item(), 3) for mask in held_masks(tiny).values()} == {0.5}
+
+
+@pytest.mark.method("P-22")
+def test_every_layer_has_a_coin_of_its_own(tiny, batch):
+    tiny.train()
+    seen = set()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    ran = []
+    for number, layer in enumerate(tiny.bert.encoder.layer):
+        layer.register_forward_pre_hook(lambda module, args, number=number: ran.append(number))
+    with layers.layer_drop(tiny, 0.5, torch.Generator().manual_seed(0)):
+        for _ in range(40):
+            ran.clear()
+            tiny(**inputs)
+            seen.add(tuple(ran))
+    assert seen == {(), (0,), (1,), (0, 1)}
+
+
+@pytest.mark.method("P-20a")
+def test_relevance_is_that_of_the_predicted_logit(tiny, batch):
+    """Where all sentences are predicted as one class, relevance is that class's, and not that of logit 0."""
+    found = {}
+    for label in (0, 1):
+        model = copy.deepcopy(tiny)
+        with torch.no_grad():
+            model.classifier.bias.copy_(torch.tensor([50.0, 0.0]) if label == 0 else torch.tensor([0.0, 50.0]))
+        found[label] = heads.head_relevance(model, [batch])
+        of_label = []
+        with heads.relevance_rules(model):
+            gradients, _ = heads.gate_gradients(
+                model, batch, *heads.open_gates(model), lambda logits, batch, label=label: logits[:, label]
+            )
+        of_label = torch.nn.functional.normalize(gradients, p=1, dim=-1).mean(0)
+        torch.testing.assert_close(found[label], of_label)
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+
+
+@pytest.mark.method("P-23c")
+def test_a_coin_is_as_hard_as_its_temperature_says(tiny, batch):
+    rates = torch.full((2000,), 0.7)
+    spread = [
+        layers.relaxed_bernoulli(rates, t, torch.Generator().manual_seed(0)).sub(0.5).abs().mean().item()
+        for t in (0.1, 0.5, 25.0)
+    ]
+    assert spread[0] > 0.45 and spread[0] > spread[1] > 0.3 and spread[2] < 0.05
+    weight = torch.zeros(2, 32)
+    losses = []
+    for temperature in (None, 0.5, 25.0):
+        options = {} if temperature is None else {"temperature": temperature}
+        loss = layers.learned_drop_loss(weight, 0.3, generator=torch.Generator().manual_seed(0), **options)
+        losses.append(loss(tiny, batch).item())
+    assert losses[0] == losses[1] != losses[2]  # the default is one half
