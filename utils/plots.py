@@ -100,9 +100,10 @@ def describe_bars(container: object) -> str:
 def describe_map(axes: Axes, values: np.ndarray) -> str:
     """Where a map is highest and lowest."""
     values = np.ma.filled(np.ma.masked_invalid(values), np.nan)
-    names = [[label.get_text() for label in axis.get_ticklabels()] for axis in (axes.yaxis, axes.xaxis)]
+    names = [{round(place): label.get_text() for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=False)}
+             for axis in (axes.yaxis, axes.xaxis)]  # fmt: skip
     places = [np.unravel_index(find(values), values.shape) for find in (np.nanargmin, np.nanargmax)]
-    low, high = (f"{values[place]:.3g} at {names[0][place[0]]}, {names[1][place[1]]}" if all(names) else f"{values[place]:.3g}"
+    low, high = (f"{values[place]:.3g} at " + ", ".join(own.get(int(index)) or str(index) for own, index in zip(names, place, strict=True))
                  for place in places)  # fmt: skip
     return f"map of {values.shape[0]} × {values.shape[1]}, lowest {low}, highest {high}"
 

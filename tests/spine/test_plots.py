@@ -62,6 +62,14 @@ def test_crowded_maps_drop_digits_and_then_numbers(axes, columns, expected):
     assert {text.get_text() for text in axes.texts} == expected
 
 
+def test_a_map_whose_ticks_are_thinned_is_still_said_in_words(axes):
+    values = np.zeros((2, 40))
+    values[1, 39] = 3.0
+    plots.heatmap(axes, values, list(range(40)), ["a", "b"], "title", "unit", 1)
+    axes.figure.canvas.draw()
+    assert len(axes.get_xticks()) == 20 and "lowest 0 at a, 0, highest 3 at b, 39" in plots.describe(axes.figure)
+
+
 def test_cells_without_a_number_stay_empty(axes):
     plots.heatmap(axes, np.array([[1.0, np.nan]]), ["a", "b"], ["c"], "title", "unit", vmin=0, vmax=1)
     assert [text.get_text() for text in axes.texts] == ["1.00"]
