@@ -118,9 +118,13 @@ def _marked(node: ast.FunctionDef | ast.ClassDef) -> list[str]:
 
 
 def count_rows(profile: str = "cpu") -> dict[str, int]:
-    """Committed rows per method id."""
+    """Committed rows per method id. Raises CompanionError for a results file that cannot be read."""
     found: dict[str, int] = {}
     for path in (ROOT / "notebooks" / "results" / profile).glob("*.json"):
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-            found[row["method"]] = found.get(row["method"], 0) + 1
+        try:
+            methods = [row["method"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise CompanionError(f"{path} is no readable results file: run the chapter again") from None
+        for method in methods:
+            found[method] = found.get(method, 0) + 1
     return found

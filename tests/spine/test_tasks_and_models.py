@@ -144,7 +144,7 @@ def test_model_folders(tiny, tmp_path, monkeypatch):
 
 
 def test_unknown_profile_and_device(monkeypatch):
-    with pytest.raises(CompanionError, match="choose one of smoke, cpu, gpu"):
+    with pytest.raises(CompanionError, match="choose one of smoke, cpu, full, gpu"):
         profiles.get("fast")
     with pytest.raises(CompanionError, match="choose auto, cpu or cuda"):
         profiles.pick_device("tpu")
