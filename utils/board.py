@@ -13,6 +13,7 @@ import os
 import random
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -111,6 +112,7 @@ class Board:
         self._end_section()
         self._section = name
         self._seed()
+        self._write_journal()  # the seconds of the section that ended must survive an interruption, too
         report_progress(f"section {name}")
 
     def _end_section(self) -> None:
@@ -224,9 +226,11 @@ class Board:
         gain = self.points(self._logits[first], self._logits[second])
         interval = f"[{gain.low:+.1f}, {gain.high:+.1f}]"
         if gain.low <= 0 <= gain.high:
-            return f"{first} and {second}: no difference that {gain.n} sentences can show ({gain.value:+.1f} points {interval})."
-        better, worse = (first, second) if gain.value > 0 else (second, first)
-        return f"{better} is {abs(gain.value):.1f} points better than {worse} ({gain.value:+.1f} {interval})."
+            text = f"{first} and {second}: no difference that {gain.n} sentences can show ({gain.value:+.1f} points {interval})."
+        else:
+            better, worse = (first, second) if gain.value > 0 else (second, first)
+            text = f"{better} is {abs(gain.value):.1f} points better than {worse} ({gain.value:+.1f} {interval})."
+        return textwrap.fill(text, results.COLUMNS)
 
     # --- timing -----------------------------------------------------------------------------------------------------
 

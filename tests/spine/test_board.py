@@ -130,7 +130,9 @@ def test_seeds_are_paired(board):
 def test_comparisons_are_sentences(board):
     board.put(board.trial(lambda model: model.classifier.weight.data.neg_()), "P-03", "upside down", simulated=True)
     board.put(board.trial(half), "P-03", "half, compared", simulated=True)
-    text = board.compare("upside down", "half, compared")
+    told = board.compare("upside down", "half, compared")
+    text = " ".join(told.split())
+    assert max(map(len, told.splitlines())) <= 120
     assert "half, compared" in text and ("better than" in text or "no difference that 32 sentences can show" in text)
     with pytest.raises(CompanionError, match="no row is called"):
         board.find("nobody")
@@ -151,6 +153,7 @@ def test_the_journal_gives_back_finished_sections_only(board, tmp_path, monkeypa
     board.put(board.trial(lambda model: remove_layers(model, [1])), "P-23a", "in section 5")
     board.claim("C17", "x", "y", "example", [Evidence("seen", Estimate(1.0, -math.inf, math.inf, 1), "above")])
     board.section("6")
+    assert "5" in json.loads(journal.read_text())["section_seconds"]  # before any row of the next section
     board.put(board.trial(half), "P-03", "in section 6", simulated=True)
     monkeypatch.setenv("COMPANION_FINISHED", '["5"]')
     again = Board.open("01_pruning", "smoke")
