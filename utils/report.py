@@ -31,10 +31,18 @@ def with_tables(text: str, contents: list[dict]) -> str:
     return f"{before}{begin}\n{tables(contents)}\n{end}{rest.partition(end)[2]}"
 
 
+def readme_is_current() -> bool:
+    """Whether the README shows what the committed results render to."""
+    text = README.read_text(encoding="utf-8")
+    return with_tables(text, results.of_record(ROOT / "notebooks")) == text
+
+
 def side_by_side(out: Path, profile: str) -> dict[str, dict[str, dict[str, str]]]:
     """Chapter -> line (row or claim about time) -> machine -> speed or verdict, from the file of record and those beside it."""
     found: dict[str, dict[str, dict[str, str]]] = {}
     for file in sorted((out / "results" / profile).glob("*.json")):
+        if "." in file.stem:  # a run of a part
+            continue
         content = results.read(file)
         machine, lines = results.machine_of(content), found.setdefault(content["chapter"], {})
         for row in results.rows_of(content)[1]:
@@ -59,9 +67,9 @@ def changes(out: Path, profile: str, revision: str) -> list[str]:
         found += [f"{chapter}: {key[0]} {key[1]} is gone" for key in before if key not in now]
         found += [f"{chapter}: {key[0]} {key[1]} is new" for key in now if key not in before]
         found += [f"{chapter}: {moved(before[key], now[key])}" for key in now if key in before and outside(before[key], now[key])]
-        verdicts = {claim["id"]: claim["verdict"] for claim in earlier["claims"]}
-        found += [f"{chapter}: claim {claim['id']} was {verdicts[claim['id']]}, is {claim['verdict']}" for claim in content["claims"]
-                  if verdicts.get(claim["id"], claim["verdict"]) != claim["verdict"]]  # fmt: skip
+        old, new = ({claim["id"]: claim["verdict"] for claim in c["claims"]} for c in (earlier, content))
+        found += [f"{chapter}: claim {id} was {old.get(id, 'not there')}, is {new.get(id, 'gone')}" for id in old | new
+                  if old.get(id) != new.get(id)]  # fmt: skip
     return found
 
 
@@ -89,4 +97,9 @@ def at_revision(revision: str, file: Path) -> dict | None:
     except ValueError:
         raise CompanionError(f"{file} is not in the repository: --against compares committed results (--out notebooks)") from None
     shown = subprocess.run(["git", "-C", str(ROOT), "show", f"{revision}:{path.as_posix()}"], capture_output=True, text=True)
-    return json.loads(shown.stdout) if shown.returncode == 0 else None
+    if shown.returncode:
+        return None
+    try:
+        return json.loads(shown.stdout)
+    except ValueError:
+        raise CompanionError(f"{path.as_posix()} at {revision} is no readable results file") from None

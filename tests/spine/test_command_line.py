@@ -261,6 +261,7 @@ def test_weave_keeps_the_outputs_of_a_notebook_that_awaits_its_rerun_unless_it_i
     status, said, _ = companion("weave")
     assert status == 0 and "01.ipynb written without outputs" in said and cells(two_notebooks) == ["old", "new"]
     assert "01.ipynb is in step" in companion("weave", "01")[1]
+    assert companion("weave", "01", "--check") == (0, "", "")
     companion("weave", "00")
     assert cells(two_notebooks) == ["new", "new"]
 

@@ -156,6 +156,7 @@ def test_machines_lie_side_by_side(tmp_path):
     )
     other["claims"][0] = {**other["claims"][0], "verdict": "contradicted"}
     results.write(folder / "01_pruning@intel.json", other)
+    results.write(folder / "01_pruning.section-7.json", content(machine="of a part"))
     assert [found["provenance"]["device"] for found in results.read_all(tmp_path, "cpu")] == ["AMD EPYC, 2 cores"]
     lines = report.side_by_side(tmp_path, "cpu")["01_pruning"]
     assert lines["P-20a heads by |R|"] == {"AMD EPYC, 2 cores": "1.25 / 2.00", "Intel Xeon (AMX bf16), 2 cores": "3.00 / 4.00"}
@@ -205,21 +206,30 @@ def test_what_changed_since_a_revision(tmp_path, monkeypatch):
 
     target = tmp_path / "notebooks" / "results" / "cpu" / "01_pruning.json"
     results.write(target, content(rows=[a_row().as_dict(), a_row(label="gone").as_dict(), a_row(label="stays").as_dict()]))
+    target.with_name("02_quantization.json").write_text("{")
     git("init"), git("add", "-A"), git("commit", "-m", "x")
+    target.with_name("02_quantization.json").unlink()
     now = [a_row(accuracy=0.78).as_dict(), a_row(label="stays", accuracy=0.82).as_dict(), a_row(label="new").as_dict()]
-    results.write(target, content(rows=now, claims=[{"id": "C2", "unit": "round", "verdict": "inconclusive", "statement": "x"}]))
+    results.write(
+        target,
+        content(
+            rows=now, claims=[{"id": name, "unit": "round", "verdict": "inconclusive", "statement": "x"} for name in ("C2", "C3")]
+        ),
+    )
     monkeypatch.setattr(report, "ROOT", tmp_path)
     assert report.changes(tmp_path / "notebooks", "cpu", "HEAD") == [
         "01_pruning: P-20a gone is gone", "01_pruning: P-20a new is new",
         "01_pruning: P-20a heads by |R|: 81.0 % [79.0, 83.0] is now 78.0 %", "01_pruning: claim C2 was supported, is inconclusive",
+        "01_pruning: claim C3 was not there, is inconclusive",
     ]  # fmt: skip
+    with pytest.raises(CompanionError, match="at HEAD is no readable results file"):
+        report.at_revision("HEAD", target.with_name("02_quantization.json"))
     with pytest.raises(CompanionError, match="no revision 'nowhere'"):
         report.changes(tmp_path / "notebooks", "cpu", "nowhere")
 
 
 def test_the_readme_shows_what_the_results_render_to():
-    text = report.README.read_text(encoding="utf-8")
-    assert report.with_tables(text, results.of_record(notebooks.NOTEBOOKS)) == text
+    assert report.readme_is_current()
 
 
 def test_committed_verdicts_follow_from_their_evidence():
