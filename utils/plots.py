@@ -10,15 +10,20 @@ import numpy as np
 from adjustText import adjust_text
 from IPython.display import HTML, display
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.category import StrCategoryLocator
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 
 from utils.results import Row
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B07400", "#56B4E9", "#000000", "#7F7F7F")  # Okabe and Ito, darker yellows
+# Okabe and Ito, with ochre, grey and wine for their yellows and their light blue, which are too pale for lines on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B07400", "#7F7F7F", "#000000", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDEST = 9.0  # inches; wider pictures are shrunk to the column until their text cannot be read
 DPI = 100
 SMALL = 0.9  # of the font size, for numbers inside a figure
+MANY = 12  # bars; more are summed up in a description
 
 
 def font_size(width: float) -> float:
@@ -40,8 +45,9 @@ def figure(
 def show(figure: Figure, alt: str = "") -> None:
     """Display a figure once, with a description computed from its data (and `alt` after it).
 
-    The description is the alt text of the image, which nbconvert writes into its pages. JupyterLab ignores alt texts of images, so
-    it also follows the figure as text that can be unfolded, in every front end.
+    The description is the alt text of the image. Of nbconvert 7 only the template `classic` writes it into a page; the template `lab`
+    says that there is no description, and JupyterLab 4 writes no alt text for any image. So the description also follows the figure as
+    text that can be unfolded, in every front end.
     """
     description = " ".join(filter(None, [describe(figure), alt]))
     buffer = io.BytesIO()
@@ -63,14 +69,24 @@ def describe(figure: Figure) -> str:
 
 def describe_panel(axes: Axes) -> str:
     """One panel in words."""
-    x, y = axes.get_xlabel(), axes.get_ylabel()
-    head = f"{axes.get_title() or 'Panel'} ({' against '.join(filter(None, [y, x]))})" if x or y else axes.get_title() or "Panel"
+    axis_names = " against ".join(filter(None, [describe_axis(axes, "y"), describe_axis(axes, "x")]))
+    head = (axes.get_title() or "Panel") + (f" ({axis_names})" if axis_names else "")
     lines = [describe_line(line.get_label(), line.get_xdata(), line.get_ydata()) for line in axes.lines if not_internal(line)]
-    bars = [describe_bars(container) for container in axes.containers if hasattr(container, "patches")]
-    clouds = [f"{cloud.get_label()}: {len(cloud.get_offsets())} points" for cloud in axes.collections
-              if not_internal(cloud) and hasattr(cloud, "get_offsets") and len(cloud.get_offsets())]  # fmt: skip
+    bars = [describe_bars(axes, container) for container in axes.containers if hasattr(container, "patches")]
+    clouds = [f"{cloud.get_label()}: {count} point{'s' * (count > 1)}" for cloud in axes.collections
+              if not_internal(cloud) and (count := len(cloud.get_offsets()))]  # fmt: skip
     maps = [describe_map(axes, image.get_array()) for image in axes.images]
     return f"{head}: {'; '.join([*lines, *bars, *clouds, *maps])}."
+
+
+def describe_axis(axes: Axes, which: str) -> str:
+    """The label of the `x` or `y` axis and the range it shows; maps and axes with names have no range."""
+    axis: Axis = getattr(axes, f"{which}axis")
+    label = axis.get_label_text()
+    if not label or axes.images or isinstance(axis.get_major_locator(), FixedLocator | StrCategoryLocator):
+        return label
+    low, high = sorted(axis.get_view_interval())
+    return f"{label} from {low:.3g} to {high:.3g}"
 
 
 def not_internal(artist: object) -> bool:
@@ -89,12 +105,25 @@ def describe_line(name: str, x: Iterable, y: Iterable) -> str:
                                                        or high > max(first, last) else "")  # fmt: skip
 
 
-def describe_bars(container: object) -> str:
-    """The values of a group of bars."""
+def describe_bars(axes: Axes, container: object) -> str:
+    """The values of a group of bars with their places; of many bars, as in a histogram, only their ends and the highest."""
     sideways = getattr(container, "orientation", "vertical") == "horizontal"
     values = [bar.get_width() if sideways else bar.get_height() for bar in container.patches]
+    centers = [bar.get_y() + bar.get_height() / 2 if sideways else bar.get_x() + bar.get_width() / 2 for bar in container.patches]
+    places = [name_at(axes.yaxis if sideways else axes.xaxis, center) for center in centers]
     name = f"{container.get_label()} " if not_internal(container) else ""
-    return f"{name}bars {', '.join(f'{value:.3g}' for value in values)}"
+    if len(values) > MANY:
+        high = int(np.argmax(values))
+        return f"{name}{len(values)} bars from {places[0]} to {places[-1]}, the highest {values[high]:.3g} at {places[high]}"
+    return f"{name}bars {', '.join(f'{place}: {value:.3g}' for place, value in zip(places, values, strict=True))}"
+
+
+def name_at(axis: Axis, place: float) -> str:
+    """The nearest tick's name where an axis has names, the number otherwise."""
+    if not isinstance(axis.get_major_locator(), FixedLocator | StrCategoryLocator):
+        return f"{place:.3g}"
+    ticks = np.asarray(axis.get_majorticklocs())
+    return axis.get_major_formatter().format_ticks(ticks)[int(np.abs(ticks - place).argmin())]
 
 
 def describe_map(axes: Axes, values: np.ndarray) -> str:
@@ -116,6 +145,11 @@ def legend_outside(axes: Axes, **options) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, **options)
 
 
+def look(number: int) -> tuple[str, str]:
+    """Colour and marker of a series; a ninth one has the first one's colour, but not its marker."""
+    return COLORS[number % len(COLORS)], MARKERS[(number + number // len(COLORS)) % len(MARKERS)]
+
+
 def curves(
     axes: Axes,
     x: Iterable[float],
@@ -128,9 +162,9 @@ def curves(
     """One line per series, told apart by colour and marker; `error` is one standard error of a point, drawn as a band."""
     places = list(x)
     for number, (name, values) in enumerate(series.items()):
-        style = "-" if number < len(COLORS) else "--"  # a ninth series repeats the first colour
-        color = COLORS[number % len(COLORS)]
-        axes.plot(places, values, style, marker=MARKERS[number % len(MARKERS)], color=color, markersize=5, label=name)
+        color, marker = look(number)
+        style = "-" if number < len(COLORS) else "--"
+        axes.plot(places, values, style, marker=marker, color=color, markersize=5, label=name)
         if error is not None:
             low, high = np.asarray(values) - error, np.asarray(values) + error
             axes.fill_between(places, low, high, color=color, alpha=0.10, linewidth=0)
@@ -186,8 +220,8 @@ def plane(
     for number, (name, methods) in enumerate(families.items()):
         chosen = [row for row in rows if row.method in methods and cost(row) is not None]
         heights = [100 * row.accuracy for row in chosen]
-        axes.scatter([cost(row) for row in chosen], heights, marker=MARKERS[number % 8], color=COLORS[number % 8], s=34, label=name,
-                     zorder=3)  # fmt: skip
+        color, marker = look(number)
+        axes.scatter([cost(row) for row in chosen], heights, marker=marker, color=color, s=34, label=name, zorder=3)
         places += [(cost(row), height) for row, height in zip(chosen, heights, strict=True)]
         names += [axes.text(cost(row), height, row.method[2:], fontsize=SMALL * plt.rcParams["font.size"])
                   for row, height in zip(chosen, heights, strict=True) if row.method != "control"]  # fmt: skip

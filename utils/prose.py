@@ -1,4 +1,5 @@
-"""What can be counted about a lesson: readings after rows, lengths of cells and lines, symbols that are explained, alt texts.
+"""What can be counted about a lesson: readings after rows, lengths of cells and lines, sections that say where they begin, symbols
+that are explained, alt texts.
 
 `companion lint` prints what is wrong. Chapters written before this page stand on lists that only shrink.
 """
@@ -15,11 +16,19 @@ LINES, FIGURE_LINES, COLUMNS = 25, 40, 120
 NOTATION = ROOT / "lessons" / "notation.md"
 WITHOUT_READING = {"00_bert_baseline": 1, "01_pruning": 12, "02_quantization": 19}  # cells with rows that nobody reads yet
 MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
-FUNCTIONS = re.compile(  # what LaTeX writes with a backslash and is no symbol of ours
-    "t?frac|sum|min|max|log|text|underbrace|big|Big|odot|q?quad|lfloor|rfloor|sqrt|langle|rangle|leftarrow|in|approx|cdot|times|top|"
-    "partial|math(rm|bf|cal|bb)|hat|bmod|pm|ne|le|ge|begin|end|cases|clip|sign|std|mean|infty|bar"
+CODE = re.compile(r"```.*?```|`[^`\n]*`|\\\$", re.DOTALL)  # a dollar in it begins no formula
+WORDS = re.compile(r"\\(?:text|mathrm|operatorname)\{[^}]*\}|\\(?:begin|end)\{\w+\}")
+LETTER = r"\\[A-Za-z]+|[A-Za-z]"
+SYMBOL = re.compile(
+    rf"(?P<base>\\(?:mathcal|mathbf|mathbb|hat|bar|tilde)\s*(?:\{{(?:{LETTER}|\d)\}}|{LETTER}|\d)|{LETTER})"
+    rf"(?:_(?:\{{(?P<group>(?:[^{{}}]|\{{[^{{}}]*\}})*)\}}|(?P<one>{LETTER}|[^\s{{}}\\])))?"
 )
-SYMBOL = re.compile(r"\\(?:mathcal|mathbf|mathbb|hat)\s*\{?\\?[A-Za-z0-9]\}?|\\hat v|\\[A-Za-z]+|[A-Za-z]")
+# What LaTeX writes with a backslash and is no symbol of ours: operators, functions, relations, brackets, spaces.
+OPERATORS = frozenset(re.findall(r"\\\w+", r"""
+    \frac \tfrac \dfrac \sqrt \sum \prod \min \max \arg \log \exp \Pr \in \notin \approx \sim \cdot \times \top \partial \bmod
+    \pm \ne \neq \le \leq \ge \geq \infty \leftarrow \rightarrow \to \mapsto \propto \mid \ldots \cdots \dots \lfloor \rfloor \lceil
+    \rceil \langle \rangle \lvert \rvert \lVert \rVert \left \right \big \Big \bigg \Bigg \quad \qquad \text \underbrace \overbrace
+    \mathbf \mathcal \mathbb \hat \bar \tilde"""))  # fmt: skip
 
 
 def problems(chapter: str) -> list[str]:
@@ -29,6 +38,7 @@ def problems(chapter: str) -> list[str]:
         *long_cells(woven),
         *unread_rows(woven, WITHOUT_READING.get(chapter, 0)),
         *open_claims(woven),
+        *silent_sections(woven),
         *unknown_symbols(woven),
     ]
     committed = notebooks.NOTEBOOKS / f"{chapter}.ipynb"
@@ -46,7 +56,7 @@ def long_cells(notebook: nbformat.NotebookNode) -> list[str]:
     """Code cells of more than 25 lines; figures and woven definitions may have 40."""
     found = []
     for cell in notebook.cells:
-        limit = FIGURE_LINES if {"figure", "woven", "hide-input"} & set(tags(cell)) else LINES
+        limit = FIGURE_LINES if {"figure", "woven"} & set(tags(cell)) else LINES
         lines = cell.source.splitlines()
         if cell.cell_type == "code" and len(lines) > limit:
             found.append(f"a cell has {len(lines)} lines, at most {limit} are allowed: {lines[0][:60]}")
@@ -87,22 +97,57 @@ def open_claims(notebook: nbformat.NotebookNode) -> list[str]:
             if cell.cell_type == "code" and "board.claim(" in cell.source and "hide-input" not in tags(cell)]  # fmt: skip
 
 
+def silent_sections(notebook: nbformat.NotebookNode) -> list[str]:
+    """Sections whose code acts on the board, or draws random numbers, before `board.section` names the section and seeds it."""
+    found = []
+    for section in notebooks.sections(notebook)[1:]:
+        plain = [cell.source for cell in notebook.cells[section.first : section.last]
+                 if cell.cell_type == "code" and not any(tag.startswith("woven") for tag in tags(cell))]  # fmt: skip
+        code = "\n".join(plain).replace("board.close()", "")
+        before = code.partition(f'board.section("{section.key}")')[0]  # all of it, where the section is never named
+        if "board." in code and ("board." in before or "torch.rand" in before):
+            found.append(f'section {section.key} does not begin with board.section("{section.key}")')
+    return found
+
+
 def unknown_symbols(notebook: nbformat.NotebookNode) -> list[str]:
     """Symbols in formulas that lessons/notation.md does not explain."""
-    explained = symbols(NOTATION.read_text(encoding="utf-8"))
-    used = set().union(*(symbols(cell.source) for cell in notebook.cells if cell.cell_type == "markdown"))
+    explained, indices = notation()
+    used = set().union(*(symbols(cell.source, indices) for cell in notebook.cells if cell.cell_type == "markdown"))
     return [f"the symbol {symbol} is not explained in lessons/notation.md" for symbol in sorted(used - explained)]
 
 
-def symbols(text: str) -> set[str]:
-    """The letters of a text's formulas, words in them left out."""
+def notation() -> tuple[set[str], set[str]]:
+    """The symbols in the first column of the page's tables, and the letters that its opening paragraph calls indices."""
+    opening, _, tables = NOTATION.read_text(encoding="utf-8").partition("\n## ")
+    indices = symbols(opening.partition("Indices:")[2], set())
+    first_cells = (line.split("|")[1] for line in tables.splitlines() if line.startswith("|"))
+    return symbols("\n".join(first_cells), indices), indices
+
+
+def symbols(text: str, indices: set[str]) -> set[str]:
+    """The symbols of a text's formulas, without words, operators, indices and numbers.
+
+    A letter with a name below it, such as `n_p`, is a symbol of its own. A letter with nothing but indices and numbers below it is that
+    letter. Of anything longer, such as the range of a sum, the parts count.
+    """
+    formulas = (display or inline for display, inline in MATH.findall(CODE.sub(" ", text)))
+    return set().union(*(symbols_of(WORDS.sub(" ", formula), indices) for formula in formulas)) - indices
+
+
+def symbols_of(formula: str, indices: set[str]) -> set[str]:
+    """The symbols of one formula in LaTeX; see `symbols`."""
     found: set[str] = set()
-    for display, inline in MATH.findall(text):
-        formula = re.sub(r"\\(?:text|mathrm)\{[^}]*\}|\\(?:begin|end)\{\w+\}", " ", display or inline)
-        for symbol in SYMBOL.findall(formula):
-            name = symbol.lstrip("\\")
-            if not FUNCTIONS.fullmatch(name):
-                found.add(symbol.replace("{", " ").replace("}", "").replace("  ", " "))
+    for match in SYMBOL.finditer(formula):
+        below = match["group"] or match["one"] or ""
+        parts = symbols_of(below, indices)
+        base = " ".join(re.findall(r"\\[A-Za-z]+|\w", match["base"]))
+        if base in OPERATORS:
+            found |= parts
+        elif below.strip() in parts - indices or below in ("+", "-"):
+            found.add(f"{base}_{below.strip()}")
+        else:
+            found |= {base} | (parts - indices)
     return found
 
 

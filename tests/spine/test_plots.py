@@ -37,6 +37,7 @@ def test_labels_of_neighbouring_points_do_not_overlap(axes):
     methods = tuple(row.method for row in rows[:-1])
     plots.plane(axes, rows, BASELINE, "stored_bytes", "MB", "title", {"some": methods, "controls": ("control",)})
     axes.figure.canvas.draw()
+    assert "some: 7 points; controls: 1 point; baseline: 1 point." in plots.describe(axes.figure)
     assert sorted(text.get_text() for text in axes.texts if text.get_text()) == sorted(method[2:] for method in methods)
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
     shared = [max(0, min(a.x1, b.x1) - max(a.x0, b.x0)) * max(0, min(a.y1, b.y1) - max(a.y0, b.y0))
@@ -88,7 +89,9 @@ def test_a_curve_shows_how_sure_it_is(axes):
     plots.curves(axes, [0, 1], {"a": [50.0, 60.0]}, "x (s)", "y (%)", "Title", error=3.6)
     assert axes.collections[0].get_paths()[0].get_extents().ymin == pytest.approx(46.4)
     text = plots.describe(axes.figure)
-    assert text == "Title (y (%) against x (s)): a from 50 to 60."
+    low, high, left, right = *axes.get_ylim(), *axes.get_xlim()
+    ranges = f"y (%) from {low:.3g} to {high:.3g} against x (s) from {left:.3g} to {right:.3g}"
+    assert low < 46.4 and high > 63.6 and text == f"Title ({ranges}): a from 50 to 60."
 
 
 def test_a_figure_in_words_follows_its_data():
@@ -99,9 +102,36 @@ def test_a_figure_in_words_follows_its_data():
     plots.heatmap(panels[2], np.array([[1.0, 5.0]]), ["left", "right"], ["row"], "Map", "unit")
     figure.canvas.draw()
     text = plots.describe(figure)
-    assert "up and down from 1 to 2 (lowest 1, highest 9)" in text and "bars 3, 4" in text
+    assert "up and down from 1 to 2 (lowest 1, highest 9)" in text and "bars a: 3, b: 4" in text
     assert "map of 1 × 2, lowest 1 at row, left, highest 5 at row, right" in text
     plots.plt.close(figure)
+
+
+def test_bars_carry_the_names_of_their_axis_and_histograms_are_summed_up(axes):
+    axes.barh(np.arange(2) + 0.2, [3.0, 4.0], 0.4, label="speed")
+    axes.set_yticks([0, 1], ["dense", "int8"])
+    assert "speed bars dense: 3, int8: 4" in plots.describe(axes.figure)
+    axes.clear()
+    axes.hist([0.5] * 7 + list(range(20)), bins=20, range=(0, 20))
+    assert "20 bars from 0.5 to 19.5, the highest 8 at 0.5" in plots.describe(axes.figure)
+
+
+def test_colours_stand_out_from_white_and_a_ninth_series_from_the_first(axes):
+    def luminance(color: str) -> float:
+        channels = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(color)]
+        return float(np.dot(channels, [0.2126, 0.7152, 0.0722]))
+
+    assert min(1.05 / (luminance(color) + 0.05) for color in plots.COLORS) >= 3  # WCAG's bar for parts of a picture
+    plots.curves(axes, [0, 1], {str(i): [i, i] for i in range(16)}, "x", "y", "title")
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 16
+    families = {str(i): (f"P-{i:02}",) for i in range(16)}
+    axes.clear()
+    plots.plane(
+        axes, [a_row(f"P-{i:02}", 0.8, 1e7 + 1e6 * i) for i in range(16)], BASELINE, "stored_bytes", "MB", "title", families
+    )
+    clouds = [cloud for cloud in axes.collections if cloud.get_label() in families]
+    looks = {(*cloud.get_facecolor()[0], cloud.get_paths()[0].vertices.tobytes()) for cloud in clouds}
+    assert len(clouds) == len(looks) == 16
 
 
 def test_show_gives_image_alt_text_and_words_that_nbconvert_writes(monkeypatch):
@@ -113,10 +143,14 @@ def test_show_gives_image_alt_text_and_words_that_nbconvert_writes(monkeypatch):
     plots.curves(axes, [0, 1], {"<a>": [1.0, 2.0]}, "x", "y", "Title")
     plots.show(figure, alt="And more.")
     (image, metadata), (words, _) = shown
-    assert metadata["image/png"]["alt"] == image["text/plain"] == "Title (y against x): <a> from 1 to 2. And more."
-    assert "&lt;a&gt; from 1 to 2" in words.data and not plots.plt.get_fignums()
+    description = "Title (y from 0.95 to 2.05 against x from -0.05 to 1.05): <a> from 1 to 2. And more."
+    assert metadata["image/png"]["alt"] == image["text/plain"] == description and not plots.plt.get_fignums()
+
     data = {**image, "image/png": base64.b64encode(image["image/png"]).decode()}
-    output = nbformat.v4.new_output("display_data", data=data, metadata=metadata)
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])])
-    page, _ = HTMLExporter(template_name="classic").from_notebook_node(notebook)
-    assert 'alt="Title (y against x): &lt;a&gt; from 1 to 2. And more."' in page
+    outputs = [nbformat.v4.new_output("display_data", data=data, metadata=metadata),
+               nbformat.v4.new_output("display_data", data={"text/html": words.data})]  # fmt: skip
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=outputs)])
+    pages = {name: HTMLExporter(template_name=name).from_notebook_node(notebook)[0] for name in ("classic", "lab")}
+    escaped = description.replace("<a>", "&lt;a&gt;")
+    assert f'alt="{escaped}"' in pages["classic"]
+    assert all(page.count("<img ") == 1 and f"</summary>{escaped}</details>" in page for page in pages.values())
