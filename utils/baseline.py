@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, load_model, save_file
@@ -27,7 +28,13 @@ class Baseline:
     key: str  # names everything that it was made from
 
 
-Phase = tuple[int, float, bool]  # steps, learning rate, whether embeddings train
+class Phase(NamedTuple):
+    """One piece of training: `seed` orders its batches, so a control that repeats the phase sees the same ones."""
+
+    steps: int
+    learning_rate: float
+    train_embeddings: bool
+    seed: int
 
 
 def fine_tuned(model_name: str, task: Task, profile: Profile, seed: int, device: torch.device) -> Baseline:
@@ -50,7 +57,7 @@ def fine_tuned(model_name: str, task: Task, profile: Profile, seed: int, device:
     return Baseline(model, logits, facts["seconds"], facts["tokens"], facts["losses"], not built_here, key)
 
 
-def dense_control(baseline: Baseline, phases: tuple[Phase, ...], task: Task, profile: Profile, seed: int) -> torch.Tensor:
+def dense_control(baseline: Baseline, phases: tuple[Phase, ...], task: Task, profile: Profile) -> torch.Tensor:
     """Validation logits of the uncompressed model after the training that a method had, phase by phase; cached.
 
     Without it nobody could tell what a method did from what its training did.
@@ -58,14 +65,13 @@ def dense_control(baseline: Baseline, phases: tuple[Phase, ...], task: Task, pro
 
     def build(folder: Path) -> None:
         model = bert.fresh_copy(baseline.model)
-        for steps, learning_rate, train_embeddings in phases:
-            training.train(model, task, profile, steps=steps, learning_rate=learning_rate, seed=seed,
-                           train_embeddings=train_embeddings)  # fmt: skip
+        for phase in phases:
+            training.train(model, task, profile, **phase._asdict())
         save_file(
             {"logits": training.predict(model, task.validation, task.tokenizer.pad_token_id)}, folder / "logits.safetensors"
         )
 
-    sizes = {"baseline": baseline.key, "phases": phases, "seed": seed, "batch_size": profile.batch_size}
+    sizes = {"baseline": baseline.key, "phases": phases, "batch_size": profile.batch_size}
     folder = cache.once("control", cache.key(sizes), build)
     return load_file(folder / "logits.safetensors")["logits"]
 

@@ -90,7 +90,7 @@ class Board:
         ones = {f"batch{batch}": 1.0 for batch in costs.LATENCY_BATCHES}
         as_dense = {"latency_ratio": ones, "latency_ratio_interval": None, "latency_ms": None}
         board._logits, board._timed = {}, {costs.structure(board.dense): (BASELINE, as_dense)}
-        board.started = board._since = time.perf_counter()
+        board._since = time.perf_counter()
         board._section = OPENING
         board._read_journal()
         board._seed()
@@ -302,7 +302,11 @@ class Board:
     @functools.cached_property
     def machine(self) -> str:
         """The processor (or GPU) that the times of this run hold for."""
-        return results.machine_name(results.machine(self.device))
+        return results.machine_name(self._facts_of_machine)
+
+    @functools.cached_property
+    def _facts_of_machine(self) -> dict:
+        return results.machine(self.device)
 
     def table(self, *methods: str) -> pandas.DataFrame:
         """The rows (of some methods and their controls), rounded for reading."""
@@ -325,7 +329,7 @@ class Board:
             row.train_energy_kwh_estimate = round(row.train_seconds * energy["mean_watts_estimate"] / 3.6e6, 8)
         content = {
             "chapter": self.chapter, "profile": self.profile.name,
-            "provenance": {**results.provenance(), "device": self.machine, "machine": results.machine(self.device),
+            "provenance": {**results.provenance(), "device": self.machine, "machine": self._facts_of_machine,
                            "precision": str(profiles.compute_dtype(self.device)), "seeds": list(self.seeds),
                            "parameters": {"MODEL": self.model_name, "DATASET": self.task.name, "SEED": self.seed,
                                           "DEVICE": self.device.type}, **energy},
@@ -388,11 +392,11 @@ class Board:
         phases = trials.same_training(result)
         if not phases:
             return None
-        control = dense_control(self.baseline, phases, self.task, self.profile, result.seed)
+        control = dense_control(self.baseline, phases, self.task, self.profile)
         if torch.equal(control, logits):  # this is that control
             return None
         found = metrics.paired_difference(logits, control, self.task.validation.labels)
-        training_text = ", then ".join(f"{steps} steps at {rate:g}" for steps, rate, _ in phases)
+        training_text = ", then ".join(f"{phase.steps} steps at {phase.learning_rate:g}" for phase in phases)
         return {"control": f"dense, {training_text}", "difference": round(found.value, 6), "ci95": costs.as_row(found)}
 
     def _forward_costs(self, model: nn.Module, engine: bool = False) -> dict:
@@ -466,9 +470,9 @@ class Board:
 
 def describe_training(phases: list[trials.Phase]) -> dict:
     """Steps and learning rates of a trial's training, for a row's hyperparameters."""
-    rates = list(dict.fromkeys(rate for steps, rate, _ in phases if steps))
+    rates = list(dict.fromkeys(phase.learning_rate for phase in phases if phase.steps))
     learned = {"learning_rate": rates[0] if len(rates) == 1 else rates} if rates else {}
-    return {"steps": sum(steps for steps, _, _ in phases), **learned}
+    return {"steps": sum(phase.steps for phase in phases), **learned}
 
 
 def percent_right(logits: torch.Tensor, labels: torch.Tensor) -> float:

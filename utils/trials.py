@@ -46,15 +46,16 @@ class Trial:
     @property
     def steps(self) -> int:
         """Optimiser steps so far."""
-        return sum(steps for steps, _, _ in self.phases)
+        return sum(phase.steps for phase in self.phases)
 
     def recover(self, steps: int | None = None, seed: int | None = None, **options) -> TrainingLog:
         """Train on (by default the profile's recovery budget); options go to `training.train`. May be called several times."""
         steps = self.profile.recovery_steps if steps is None else steps
         rate = options.setdefault("learning_rate", self.profile.recovery_learning_rate)
+        seed = self.seed if seed is None else seed
         with self.within(self.model):
-            log = train(self.model, self.task, self.profile, steps=steps, seed=self.seed if seed is None else seed, **options)
-        self.phases.append((steps, rate, options.get("train_embeddings", False)))
+            log = train(self.model, self.task, self.profile, steps=steps, seed=seed, **options)
+        self.phases.append(Phase(steps, rate, options.get("train_embeddings", False), seed))
         self.losses += log.losses
         self.seconds += log.seconds
         return log
@@ -108,4 +109,4 @@ def model_of(result: "Trial | nn.Module") -> tuple[nn.Module, Within]:
 
 def same_training(trial: "Trial | nn.Module") -> tuple[Phase, ...]:
     """The phases of training that a dense control must have had; none for a model that came without a trial."""
-    return tuple(phase for phase in trial.phases if phase[0]) if isinstance(trial, Trial) and trial.from_baseline else ()
+    return tuple(phase for phase in trial.phases if phase.steps) if isinstance(trial, Trial) and trial.from_baseline else ()

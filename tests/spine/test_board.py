@@ -87,13 +87,13 @@ def test_a_section_gives_the_same_numbers_alone(board):
 
 def test_a_trained_row_is_held_against_the_dense_model_with_the_same_training(board):
     trial = board.trial(lambda model: hold_masks(model, magnitude_masks(model, 0.9)), steps=2, finish=release_masks)
-    trial.recover(steps=1, learning_rate=1e-3)
+    trial.recover(steps=1, learning_rate=1e-3, seed=5)
     row = board.put(trial, "P-03", "90 %, trained twice")
     assert row.hyperparameters["steps"] == 3 and row.hyperparameters["learning_rate"] == [1e-4, 1e-3]
     assert row.against_control["control"] == "dense, 2 steps at 0.0001, then 1 steps at 0.001"
     control = board.trial(steps=2)
-    control.recover(steps=1, learning_rate=1e-3)
-    stored = dense_control(board.baseline, tuple(trial.phases), board.task, board.profile, board.seed)
+    control.recover(steps=1, learning_rate=1e-3, seed=5)  # another order of the batches: the control must repeat it
+    stored = dense_control(board.baseline, tuple(trial.phases), board.task, board.profile)
     assert torch.equal(board.predict(control), stored)
     expected = board.points(trial, control)
     assert 100 * row.against_control["difference"] == pytest.approx(expected.value, abs=1e-3)

@@ -129,12 +129,12 @@ def visible(out: Path) -> set[str]:
 
 
 def test_a_chapter_runs_with_parameters_and_leaves_only_what_it_promises(chapter, tmp_path, monkeypatch):
-    for name in ("random", "nbformat", "psutil"):  # of the standard library, of the child, of the kernel alone
+    for name in ("random", "nbformat", "filelock"):  # of the standard library, of the child, and new to the kernel
         (tmp_path / f"{name}.py").write_text("raise ImportError('the current folder is on the path')")
     monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "")
-    chapter.write_text(lesson(in_1='import psutil\nboard.section("1")\nboard.put("1a")'))
+    chapter.write_text(lesson(in_1='import filelock\nboard.section("1")\nboard.put("1a")'))
     lines, out = [], tmp_path / "out"
     request = run.Request(out, "smoke", {"PROFILE": "smoke", "SEED": 7})
     (outcome,) = run.run_all(["one"], request, on_progress=lambda name, what: lines.append((name, what)))
