@@ -195,18 +195,17 @@ def report(
     profile: ProfileOption = "cpu",
     out: Annotated[Path, typer.Option(help="The run to report.")] = Path("runs"),
     readme: Annotated[
-        bool, typer.Option("--readme", help="Write README.md's tables instead: profile full where there is one, else cpu.")
+        bool,
+        typer.Option("--readme", help="Write README.md's overview and the page of all rows: profile full where there is one."),
     ] = False,
     machines: Annotated[bool, typer.Option("--machines", help="Speeds and verdicts about time, machine by machine.")] = False,
     against: Annotated[str | None, typer.Option(help="What changed since this git revision.")] = None,
 ) -> None:
     """Print the results tables and the verdicts on the claims; `--readme` puts them into README.md."""
-    from utils import cache, results
     from utils import report as reports
 
     if readme:
-        text = reports.with_tables(reports.README.read_text(encoding="utf-8"), results.of_record(out))
-        cache.write_atomically(reports.README, text)
+        reports.publish(out)
     elif against:
         for line in reports.changes(out, profile, against) or [f"nothing left its interval since {against}"]:
             console.print(escape(line), highlight=False, soft_wrap=True)

@@ -3,7 +3,7 @@
 
 import html
 import io
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -145,6 +145,11 @@ def legend_outside(axes: Axes, **options) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, **options)
 
 
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """One legend for all panels, under them."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+
+
 def look(number: int) -> tuple[str, str]:
     """Colour and marker of a series; a ninth one has the first one's colour, but not its marker."""
     return COLORS[number % len(COLORS)], MARKERS[(number + number // len(COLORS)) % len(MARKERS)]
@@ -206,12 +211,20 @@ def number_width(values: np.ndarray, digits: int, size: float) -> float:
 
 
 def plane(
-    axes: Axes, rows: list[Row], baseline: Row, x: str, xlabel: str, title: str, families: dict[str, tuple[str, ...]]
+    axes: Axes,
+    rows: list[Row],
+    baseline: Row,
+    x: str,
+    xlabel: str,
+    title: str,
+    families: dict[str, tuple[str, ...]],
+    named: Container[str] | None = None,
 ) -> None:
     """Accuracy against a cost: one point per row, one colour and marker per family, the baseline as a cross with its interval.
 
-    `x` is `stored_bytes`, or `batch1` / `batch32` of the latency ratio. `families` maps a name to method ids.
-    """
+    `x` is `stored_bytes`, or `batch1` / `batch32` of the latency ratio. `families` maps a name to method ids. With `named`, only the best
+    row of each of these methods has its id beside it.
+    """  # fmt: skip
 
     def cost(row: Row) -> float | None:
         return row.stored_bytes / 1e6 if x == "stored_bytes" else (row.latency_ratio or {}).get(x)
@@ -223,8 +236,12 @@ def plane(
         color, marker = look(number)
         axes.scatter([cost(row) for row in chosen], heights, marker=marker, color=color, s=34, label=name, zorder=3)
         places += [(cost(row), height) for row, height in zip(chosen, heights, strict=True)]
-        names += [axes.text(cost(row), height, row.method[2:], fontsize=SMALL * plt.rcParams["font.size"])
-                  for row, height in zip(chosen, heights, strict=True) if row.method != "control"]  # fmt: skip
+        said = [row for row in chosen if row.method != "control"]
+        if named is not None:
+            best = {row.method: row for row in sorted(said, key=lambda row: row.accuracy)}
+            said = [row for method, row in best.items() if method in named]
+        names += [axes.text(cost(row), 100 * row.accuracy, row.method[2 * (named is None) :], fontsize=SMALL * plt.rcParams["font.size"])
+                  for row in said]  # fmt: skip
     low, high = (100 * end for end in baseline.accuracy_ci95)
     origin = cost(baseline) if x == "stored_bytes" else 1.0
     axes.axhspan(low, high, color="black", alpha=0.06, linewidth=0)

@@ -1,48 +1,130 @@
-"""What is said about results: the README's tables, several machines side by side, and what changed since another commit."""
+"""What is said about results: the README's overview, the page of all rows, several machines side by side, and what changed since
+another commit."""
 
 import json
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from utils import CompanionError, results
+from utils import CompanionError, cache, results
 from utils.results import ROOT, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 README = ROOT / "README.md"
 MARKS = ("<!-- results:begin -->", "<!-- results:end -->")
+PAGE, PICTURE = Path("results/README.md"), Path("results/overview.png")  # under `notebooks`; GitHub shows a folder's README
+MADE_FROM = "Source"  # of the entries that a PNG file may have
+FAMILIES = {"P": "pruning", "Q": "quantization", "K": "distillation", "S": "parameter sharing", "T": "tensor decomposition",
+            "L": "sub-quadratic attention"}  # fmt: skip
 
 
-def tables(contents: list[dict]) -> str:
-    """The results section of the README: a table and the verdicts per chapter, each with the machine that its speeds hold for."""
-    lines: list[str] = []
-    for content in contents:
-        baseline, rows = results.rows_of(content)
-        machine = f"{results.machine_of(content)}, profile {content['profile']}, {content['wall_seconds'] / 60:.0f} min"
-        lines += [f"\n**{content['chapter']}** (speeds hold for {machine})\n", results.as_markdown(rows, baseline)]
-        verdicts = [claim["verdict"] for claim in content["claims"]]
-        counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in sorted(set(verdicts)))
-        lines += [f"\nClaims: {counts}."] if verdicts else []
-    return "\n".join(lines)
+# --- the README and the page of all rows ----------------------------------------------------------------------------
 
 
-def with_tables(text: str, contents: list[dict]) -> str:
+def publish(out: Path) -> None:
+    """Write the README's results section, the page of all rows and the picture. CompanionError where there are no results."""
+    contents = results.of_record(out)
+    cache.write_atomically(out / PAGE, page(contents))
+    figure = picture(contents)
+    figure.savefig(out / PICTURE, dpi=100, metadata={MADE_FROM: fingerprint(contents)})
+    cache.write_atomically(README, with_results(README.read_text(encoding="utf-8"), contents))
+
+
+def outdated(out: Path) -> list[str]:
+    """Which of the published files do not show what the committed results render to."""
+    from PIL import Image
+
+    contents, found = results.of_record(out), []
+    text = README.read_text(encoding="utf-8")
+    if with_results(text, contents) != text:
+        found.append(README.name)
+    if not (out / PAGE).is_file() or (out / PAGE).read_text(encoding="utf-8") != page(contents):
+        found.append(str(PAGE))
+    if not (out / PICTURE).is_file() or Image.open(out / PICTURE).info.get(MADE_FROM) != fingerprint(contents):
+        found.append(str(PICTURE))
+    return found
+
+
+def with_results(text: str, contents: list[dict]) -> str:
     """The README's text with its results section made anew."""
     begin, end = MARKS
     before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n{tables(contents)}\n{end}{rest.partition(end)[2]}"
+    return f"{before}{begin}\n{overview(contents)}\n{end}{rest.partition(end)[2]}"
 
 
-def readme_is_current() -> bool:
-    """Whether the README shows what the committed results render to."""
-    text = README.read_text(encoding="utf-8")
-    return with_tables(text, results.of_record(ROOT / "notebooks")) == text
+def overview(contents: list[dict]) -> str:
+    """The README's results: the picture, per chapter the rows of the core track, and all verdicts."""
+    lines = [f"![{words(contents)}](notebooks/{PICTURE})\n"]
+    for content in contents:
+        baseline, rows = results.rows_of(content)
+        core = [row for row in rows if row.track == "core"]
+        lines += [heading(content), results.as_markdown(core, baseline), *verdicts(content)]
+    return "\n".join(lines)
+
+
+def page(contents: list[dict]) -> str:
+    """All rows of all chapters, with the verdicts."""
+    lines = ["# All rows\n", "Made by `companion report --readme` from the results files beside this page; what the columns mean, "
+             "the README says under *Results*."]  # fmt: skip
+    for content in contents:
+        baseline, rows = results.rows_of(content)
+        lines += [heading(content), results.as_markdown(rows, baseline), *verdicts(content)]
+    return "\n".join(lines) + "\n"
+
+
+def heading(content: dict) -> str:
+    """A chapter with the machine that its speeds hold for."""
+    machine = f"{results.machine_of(content)}, profile {content['profile']}, {content['wall_seconds'] / 60:.0f} min"
+    return f"\n**{content['chapter']}** (speeds hold for {machine})\n"
+
+
+def verdicts(content: dict) -> list[str]:
+    """A table of a chapter's claims; nothing where there are none."""
+    lines = [f"| {claim['id']} | {claim['verdict']} | {claim['statement']} | {claim['unit']} |" for claim in content["claims"]]
+    return ["\n| claim | verdict | statement | repeated over |", "|---|---|---|---|", *lines] if lines else []
+
+
+def fingerprint(contents: list[dict]) -> str:
+    """What the picture is made from, as a hash."""
+    return cache.key({content["chapter"]: [content["baseline"], content["rows"]] for content in contents})
+
+
+def words(contents: list[dict]) -> str:
+    """The picture's alt text."""
+    from utils import plots
+
+    return plots.describe(picture(contents)).replace("[", "(").replace("]", ")")
+
+
+def picture(contents: list[dict]) -> "Figure":
+    """Accuracy against bytes and, where a speed of its own was measured, against speed: every row, one colour a family."""
+    from utils import plots
+
+    baseline, _ = results.rows_of(contents[0])
+    rows = [row for content in contents for row in results.rows_of(content)[1]]
+    ids = sorted({row.method for row in rows if row.method != "control"})
+    families = {name: tuple(id for id in ids if id.startswith(letter)) for letter, name in FAMILIES.items()}
+    families = {name: members for name, members in families.items() if members} | {"controls": ("control",)}
+    core = {row.method for row in rows if row.track == "core"}
+    figure, panels = plots.figure(1, 2, width=4.5, height=4.2, sharey=True)
+    timed = [row for row in rows if not row.simulated and row.latency_of is None]
+    plots.plane(panels[0], rows, baseline, "stored_bytes", "artifact (MB)", "Accuracy against bytes", families, core)
+    plots.plane(
+        panels[1], timed, baseline, "batch32", "speed at batch 32 (baseline = 1)", "Accuracy against speed", families, core
+    )
+    plots.legend_below(figure, panels[0])
+    return figure
+
+
+# --- several machines, several commits ------------------------------------------------------------------------------
 
 
 def side_by_side(out: Path, profile: str) -> dict[str, dict[str, dict[str, str]]]:
     """Chapter -> line (row or claim about time) -> machine -> speed or verdict, from the file of record and those beside it."""
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for file in sorted((out / "results" / profile).glob("*.json")):
-        if "." in file.stem:  # a run of a part
-            continue
+    for file in results.files(out, profile, machines=True).values():
         content = results.read(file)
         machine, lines = results.machine_of(content), found.setdefault(content["chapter"], {})
         for row in results.rows_of(content)[1]:

@@ -209,9 +209,10 @@ def read_all(out: Path, profile: str) -> list[dict]:
     return [read(file) for file in found.values()]
 
 
-def files(out: Path, profile: str) -> dict[str, Path]:
-    """The files of record of a run: chapter -> path."""
-    return {file.stem: file for file in sorted((out / "results" / profile).glob("*.json")) if not {"@", "."} & set(file.stem)}
+def files(out: Path, profile: str, machines: bool = False) -> dict[str, Path]:
+    """The files of record of a run, chapter -> path; with `machines` also what others measured, chapter@machine -> path."""
+    aside = {"."} if machines else {".", "@"}  # a dot marks a run of a part
+    return {file.stem: file for file in sorted((out / "results" / profile).glob("*.json")) if not aside & set(file.stem)}
 
 
 def of_record(out: Path) -> list[dict]:
@@ -287,11 +288,6 @@ def machine_name(found: dict) -> str:
     fast = fast[:-1] if len(fast) > 1 and fast[-1] == "AVX2" else fast  # said only where there is nothing faster
     cores = f"{found['cores']} core{'s' * (found['cores'] != 1)}"
     return f"{found['processor']}{' (' + ', '.join(fast) + ')' if fast else ''}, {cores}"
-
-
-def machine_slug(found: dict) -> str:
-    """A machine as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", machine_name(found).lower()).strip("-")
 
 
 def machine_of(content: dict) -> str:

@@ -177,7 +177,6 @@ def test_machines_lie_side_by_side(tmp_path):
 )  # fmt: skip
 def test_machines_in_words(machine, name):
     assert results.machine_name(machine) == name
-    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", results.machine_slug(machine))  # neither @ nor a dot: those have a meaning
 
 
 def test_this_machine_has_a_name_and_cores():
@@ -228,8 +227,24 @@ def test_what_changed_since_a_revision(tmp_path, monkeypatch):
         report.changes(tmp_path / "notebooks", "cpu", "nowhere")
 
 
-def test_the_readme_shows_what_the_results_render_to():
-    assert report.readme_is_current()
+def test_readme_page_and_picture_show_what_the_committed_results_render_to():
+    assert report.outdated(notebooks.NOTEBOOKS) == []
+
+
+def test_a_number_that_changed_outdates_all_that_was_published(tmp_path, monkeypatch):
+    file = tmp_path / "results" / "cpu" / "01_pruning.json"
+    rows = [a_row(track="core"), a_row(method="P-22", label="of the other track", track="extra")]
+    results.write(file, content(rows=[row.as_dict() for row in rows]))
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    report.README.write_text("before " + " ".join(report.MARKS) + " after")
+    report.publish(tmp_path)
+    assert report.outdated(tmp_path) == []
+    readme, page = report.README.read_text(), (tmp_path / report.PAGE).read_text()
+    assert readme.startswith("before ") and readme.endswith(" after") and "| C2 | supported |" in readme
+    assert "heads by |R|".replace("|", "\\|") in readme and "of the other track" not in readme and "of the other track" in page
+    rows[0].accuracy -= 0.01
+    results.write(file, content(rows=[row.as_dict() for row in rows]))
+    assert report.outdated(tmp_path) == ["README.md", "results/README.md", "results/overview.png"]
 
 
 def test_committed_verdicts_follow_from_their_evidence():
