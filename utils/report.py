@@ -25,10 +25,13 @@ FAMILIES = {"P": "pruning", "Q": "quantization", "K": "distillation", "S": "para
 
 def publish(out: Path) -> None:
     """Write the README's results section, the page of all rows and the picture. CompanionError where there are no results."""
+    from utils import plots
+
     contents = results.of_record(out)
     cache.write_atomically(out / PAGE, page(contents))
     figure = picture(contents)
     figure.savefig(out / PICTURE, dpi=100, metadata={MADE_FROM: fingerprint(contents)})
+    plots.plt.close(figure)
     cache.write_atomically(README, with_results(README.read_text(encoding="utf-8"), contents))
 
 
@@ -95,7 +98,9 @@ def words(contents: list[dict]) -> str:
     """The picture's alt text."""
     from utils import plots
 
-    return plots.describe(picture(contents)).replace("[", "(").replace("]", ")")
+    figure = picture(contents)
+    plots.plt.close(figure)
+    return plots.describe(figure).replace("[", "(").replace("]", ")")
 
 
 def picture(contents: list[dict]) -> "Figure":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import CompanionError, notebooks, report, results
+from utils import CompanionError, notebooks, plots, report, results
 from utils.claims import Claim, judge
 from utils.results import Row
 
@@ -238,7 +238,7 @@ def test_a_number_that_changed_outdates_all_that_was_published(tmp_path, monkeyp
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     report.README.write_text("before " + " ".join(report.MARKS) + " after")
     report.publish(tmp_path)
-    assert report.outdated(tmp_path) == []
+    assert report.outdated(tmp_path) == [] and not plots.plt.get_fignums()
     readme, page = report.README.read_text(), (tmp_path / report.PAGE).read_text()
     assert readme.startswith("before ") and readme.endswith(" after") and "| C2 | supported |" in readme
     assert "heads by |R|".replace("|", "\\|") in readme and "of the other track" not in readme and "of the other track" in page
