@@ -30,9 +30,8 @@ def publish(out: Path) -> None:
     contents = results.of_record(out)
     cache.write_atomically(out / PAGE, page(contents))
     figure = picture(contents)
-    figure.savefig(out / PICTURE, dpi=100, metadata={MADE_FROM: fingerprint(contents)})
-    plots.plt.close(figure)
-    cache.write_atomically(README, with_results(README.read_text(encoding="utf-8"), contents))
+    figure.savefig(out / PICTURE, dpi=plots.DPI, metadata={MADE_FROM: fingerprint(contents)})
+    cache.write_atomically(README, with_results(README.read_text(encoding="utf-8"), contents, words(figure)))
 
 
 def outdated(out: Path) -> list[str]:
@@ -41,7 +40,7 @@ def outdated(out: Path) -> list[str]:
 
     contents, found = results.of_record(out), []
     text = README.read_text(encoding="utf-8")
-    if with_results(text, contents) != text:
+    if with_results(text, contents, words(picture(contents))) != text:
         found.append(README.name)
     if not (out / PAGE).is_file() or (out / PAGE).read_text(encoding="utf-8") != page(contents):
         found.append(str(PAGE))
@@ -50,37 +49,31 @@ def outdated(out: Path) -> list[str]:
     return found
 
 
-def with_results(text: str, contents: list[dict]) -> str:
-    """The README's text with its results section made anew."""
+def with_results(text: str, contents: list[dict], alt: str) -> str:
+    """The README's text with its results section made anew; `alt` describes the picture."""
     begin, end = MARKS
     before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n{overview(contents)}\n{end}{rest.partition(end)[2]}"
+    return f"{before}{begin}\n{overview(contents, alt)}\n{end}{rest.partition(end)[2]}"
 
 
-def overview(contents: list[dict]) -> str:
+def overview(contents: list[dict], alt: str) -> str:
     """The README's results: the picture, per chapter the rows of the core track, and all verdicts."""
-    lines = [f"![{words(contents)}](notebooks/{PICTURE})\n"]
-    for content in contents:
-        baseline, rows = results.rows_of(content)
-        core = [row for row in rows if row.track == "core"]
-        lines += [heading(content), results.as_markdown(core, baseline), *verdicts(content)]
-    return "\n".join(lines)
+    return "\n".join([f"![{alt}](notebooks/{PICTURE})\n", *(chapter(content, ("core",)) for content in contents)])
 
 
 def page(contents: list[dict]) -> str:
     """All rows of all chapters, with the verdicts."""
-    lines = ["# All rows\n", "Made by `companion report --readme` from the results files beside this page; what the columns mean, "
-             "the README says under *Results*."]  # fmt: skip
-    for content in contents:
-        baseline, rows = results.rows_of(content)
-        lines += [heading(content), results.as_markdown(rows, baseline), *verdicts(content)]
-    return "\n".join(lines) + "\n"
+    head = ("# All rows\n\nMade by `companion report --readme` from the results files beside this page; what the columns mean, "
+            "the README says under *Results*.")  # fmt: skip
+    return "\n".join([head, *(chapter(content, ("core", "extra")) for content in contents)]) + "\n"
 
 
-def heading(content: dict) -> str:
-    """A chapter with the machine that its speeds hold for."""
+def chapter(content: dict, tracks: tuple[str, ...]) -> str:
+    """A chapter's rows of these tracks under the machine that its speeds hold for, and its verdicts."""
     machine = f"{results.machine_of(content)}, profile {content['profile']}, {content['wall_seconds'] / 60:.0f} min"
-    return f"\n**{content['chapter']}** (speeds hold for {machine})\n"
+    baseline, rows = results.rows_of(content)
+    table = results.as_markdown([row for row in rows if row.track in tracks], baseline)
+    return "\n".join([f"\n**{content['chapter']}** (speeds hold for {machine})\n", table, *verdicts(content)])
 
 
 def verdicts(content: dict) -> list[str]:
@@ -94,11 +87,10 @@ def fingerprint(contents: list[dict]) -> str:
     return cache.key({content["chapter"]: [content["baseline"], content["rows"]] for content in contents})
 
 
-def words(contents: list[dict]) -> str:
-    """The picture's alt text."""
+def words(figure: "Figure") -> str:
+    """The picture's alt text; the picture is closed."""
     from utils import plots
 
-    figure = picture(contents)
     plots.plt.close(figure)
     return plots.describe(figure).replace("[", "(").replace("]", ")")
 

@@ -89,7 +89,7 @@ def test_the_step_search_goes_from_input_to_output(tiny):
 def test_refined_codes_are_chosen_for_the_residual_of_refined_scales():
     w = torch.randn(6, 50)
     rest, codes = w, []
-    for _ in range(3):  # Guo et al. 2017, row by row with numpy's least squares
+    for _ in range(3):  # Guo et al. 2017, row by row with torch's least squares
         codes.append(torch.where(rest < 0, -1.0, 1.0))
         B = torch.stack(codes, 1)
         alpha = torch.stack([torch.linalg.lstsq(b.T, x).solution for b, x in zip(B, w, strict=True)])
