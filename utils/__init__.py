@@ -7,8 +7,12 @@ tokens), `bert` (the model and its matrices), `training`, `baseline` (fine-tuned
 """
 
 import logging
+import sys
 import warnings
 
+# jsonschema, which checks notebooks, compiles the grammar of a format that no notebook has whenever this package is installed: three
+# seconds of every start. Without it that one format goes unchecked.
+sys.modules.setdefault("rfc3987_syntax", None)
 # Progress bars of libraries are of no use in executed notebooks, and neither is the advice to install a widget for them.
 warnings.filterwarnings("ignore", message="IProgress not found")
 # transformers imports torchao, which tells every user of a CPU that its CUDA kernels do not load.

@@ -269,7 +269,7 @@ class Board:
             **{**fields, "effect": {**fields["effect"], **(effect or {})}},
         )  # fmt: skip
         self._refuse(row)
-        self.rows.append(row)
+        self.rows = self._in_order([*self.rows, row])
         self._write_journal()
         print(row.summary())
         return row
@@ -293,7 +293,7 @@ class Board:
     def claim(self, id: str, statement: str, source: str, unit: str, evidence: list[Evidence]) -> Claim:
         """Judge a statement of a survey and keep the verdict."""
         claim = judge(id, statement, source, unit, evidence, self.profile.name, self._section, self.machine)
-        self.claims.append(claim)
+        self.claims = self._in_order([*self.claims, claim])
         self._write_journal()
         report_progress(f"claim {id}")
         print(claim.report())
@@ -349,6 +349,11 @@ class Board:
     def _content(self) -> dict:
         return {"rows": [row.as_dict() for row in self.rows], "claims": [claim.as_dict() for claim in self.claims],
                 "failures": self.failures, "section_seconds": self.section_seconds}  # fmt: skip
+
+    def _in_order(self, found: list[Row] | list[Claim]) -> list:
+        """Rows or claims in the order of the sections, whichever of these ran again."""
+        order = json.loads(os.environ.get("COMPANION_SECTIONS") or "[]")
+        return sorted(found, key=lambda one: order.index(one.section) if one.section in order else len(order))
 
     def _write_journal(self) -> None:
         journal = os.environ.get("COMPANION_JOURNAL")

@@ -64,18 +64,24 @@ def prepare(order: dict) -> nbformat.NotebookNode:
 
 
 def take_back(notebook: nbformat.NotebookNode, partial: Path, finished: list[str]) -> None:
-    """Fill finished sections with the cells, outputs included, that an interrupted run left."""
+    """Fill finished sections with the outputs that an earlier run left; their code is the same, their text may have changed since."""
     earlier = nbformat.read(partial, as_version=4)
-    kept = {section.key: earlier.cells[section.first : section.last] for section in notebooks.sections(earlier)}
+    kept = {section.key: code_cells(earlier, section) for section in notebooks.sections(earlier)}
     for section in notebooks.sections(notebook):
         if section.key in finished:
-            notebook.cells[section.first : section.last] = kept[section.key]
+            for cell, before in zip(code_cells(notebook, section), kept[section.key], strict=True):
+                cell.outputs, cell.execution_count = before.outputs, before.execution_count
     told = earlier.metadata["companion"]
     notebook.metadata["companion"].update({
         "finished": list(finished),
         "section_seconds": {key: told["section_seconds"][key] for key in finished},
         "errors": [error for error in told["errors"] if error["section"] in finished],
     })  # fmt: skip
+
+
+def code_cells(notebook: nbformat.NotebookNode, section: notebooks.Section) -> list[nbformat.NotebookNode]:
+    """The code cells of a section."""
+    return [cell for cell in notebook.cells[section.first : section.last] if cell.cell_type == "code"]
 
 
 def run_section(client: NotebookClient, section: notebooks.Section, errors: list[dict]) -> bool:

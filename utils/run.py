@@ -1,13 +1,16 @@
 """Run chapters: one child process each, locks, signals, progress, and going on after an interruption.
 
 A chapter's run lives in `<out>/.<name>/` while it is under way (woven notebook, partial notebook, rows); the notebook and the
-results file appear under their names once it ran to its end. `resume` goes on with the section that was under way.
+results file appear under their names once it ran to its end. `resume` goes on with the section that was under way, or, where the run had
+come to its end, runs those sections again whose code has changed since.
 """
 
+import ast
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,12 +25,20 @@ from pathlib import Path
 import nbformat
 from filelock import FileLock, Timeout
 
-from utils import CompanionError, cache, notebooks
-from utils.catalogue import ROOT, lesson_path
+from utils import CompanionError, cache, notebooks, results
+from utils.catalogue import ROOT
 from utils.execute import WITH_ERRORS
 
+COMMAND_LINE = ("bench", "cli", "doctor", "execute", "prose", "report", "run")  # modules that no number of a notebook depends on
+LOOKS_AT_ALL_ROWS = re.compile(r"board\.(rows|claims|close\(|verdicts\(|table\(\))")
 GRACE = 5.0  # seconds that a child has to end after it was told to
-NO_ROWS = {"rows": [], "claims": [], "failures": [], "section_seconds": {}}  # the board's journal before the first row
+NO_ROWS = {
+    "rows": [],
+    "claims": [],
+    "failures": [],
+    "section_seconds": {},
+    "seed_accuracies": {},
+}  # the board's journal before the first row
 
 Progress = Callable[[str], None]
 
@@ -143,16 +154,19 @@ def run_chapter(chapter: str, request: Request, on_progress: Progress = lambda w
     name, stop = request.name(chapter), stop or Stop()
     folder, final = request.out / f".{name}", request.out / f"{name}.ipynb"
     stamp = make_stamp(chapter, request)
-    if request.resume and finished(final, results_file(request, name), stamp):
-        return Outcome(chapter, name, final, ok=True, skipped=True)
-    done = finished_sections(folder, stamp) if request.resume else []
     notebook = notebooks.weave(chapter, request.sections, request.track)
+    if request.resume and finished(final, results_file(request, name), stamp, notebook):
+        return Outcome(chapter, name, final, ok=True, skipped=True)
+    if request.resume and not folder.exists():
+        begin_from_finished(final, results_file(request, name), folder)
+    done = finished_sections(folder, stamp, notebook) if request.resume else []
     notebook.metadata["companion"]["stamp"] = stamp
     order = prepare(notebook, request, folder, done)
-    tell = with_time_left(on_progress, request, chapter, [section.key for section in notebooks.sections(notebook)])
+    keys = [section.key for section in notebooks.sections(notebook)]
+    tell = with_time_left(on_progress, request, chapter, keys)
     if done:
         tell(f"going on after {len(done)} finished sections")
-    status = watch_child(order, child_environment(request, name, folder, done), folder, tell, stop)
+    status = watch_child(order, child_environment(request, name, folder, done, keys), folder, tell, stop)
     return conclude(chapter, request, folder, status, stop)
 
 
@@ -160,12 +174,27 @@ def run_chapter(chapter: str, request: Request, on_progress: Progress = lambda w
 
 
 def make_stamp(chapter: str, request: Request) -> dict:
-    """Everything that decides a run's numbers: two runs with one stamp give the same rows."""
-    files = [lesson_path(chapter), *sorted((ROOT / "utils").rglob("*.py")), *sorted((ROOT / "utils").rglob("*.csv"))]
-    source = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    """Everything but the notebook's own code that decides a run's numbers: two runs with one stamp and one code give the same rows."""
     content = {name: content_key(request.parameters.get(name)) for name in ("MODEL", "DATASET")}
     return {"profile": request.profile, "parameters": {**request.parameters, **content}, "sections": list(request.sections),
-            "track": request.track, "source": source}  # fmt: skip
+            "track": request.track, "source": source_key(), "machine": results.processor()}  # fmt: skip
+
+
+def source_key() -> str:
+    """What the package computes, as a hash: its code without comments and docstrings, and without the command line's modules."""
+    tables = [path.read_bytes() for path in sorted((ROOT / "utils").rglob("*.csv"))]
+    modules = [path for path in sorted((ROOT / "utils").rglob("*.py")) if path.stem not in COMMAND_LINE]
+    code = [without_docstrings(path.read_text(encoding="utf-8")).encode() for path in modules]
+    return hashlib.sha256(b"".join(tables + code)).hexdigest()[:16]
+
+
+def without_docstrings(source: str) -> str:
+    """A module's code in one form, however it was written and explained."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+    return ast.dump(tree)
 
 
 def content_key(name: str | None) -> str:
@@ -203,17 +232,35 @@ def companion_facts(path: Path) -> dict:
         return {}
 
 
-def finished(final: Path, results: Path, stamp: dict) -> bool:
-    """Whether a run with this stamp ended without an error, and its notebook and the results that it wrote are there."""
+def finished(final: Path, written: Path, stamp: dict, woven: nbformat.NotebookNode) -> bool:
+    """Whether a run of this notebook with this stamp ended without an error, and the executed notebook and the results that it wrote are there."""
     facts = companion_facts(final)
-    written = facts.get("results_sha256")
-    return facts.get("stamp") == stamp and not facts.get("errors") and written is not None and written == file_hash(results)
+    known = facts.get("results_sha256")
+    same = facts.get("stamp") == stamp and not facts.get("errors") and known is not None and known == file_hash(written)
+    return same and notebooks.same_cells(nbformat.read(final, as_version=4), woven)
 
 
-def finished_sections(folder: Path, stamp: dict) -> list[str]:
-    """The sections that an interrupted run with this stamp finished; none where its notebook or its rows cannot be read.
+def begin_from_finished(final: Path, written: Path, folder: Path) -> None:
+    """Turn a run that came to its end into one that can be gone on with; nothing where notebook and results do not belong together."""
+    facts = companion_facts(final)
+    known = facts.get("results_sha256")
+    if known is None or known != file_hash(written):
+        return
+    notebook, content = nbformat.read(final, as_version=4), json.loads(written.read_text(encoding="utf-8"))
+    failed = {error["section"] for error in facts.get("errors", [])} | {
+        failure["section"] for failure in content.get("failures", [])
+    }
+    keys = [section.key for section in notebooks.sections(notebook)]
+    notebook.metadata["companion"]["finished"] = [key for key in keys if key not in failed]
+    folder.mkdir()
+    nbformat.write(notebook, folder / "partial.ipynb")
+    (folder / "rows.json").write_text(json.dumps({name: content.get(name, empty) for name, empty in NO_ROWS.items()}))
 
-    The opening always runs, and so does the section that closes the board: it writes the results.
+
+def finished_sections(folder: Path, stamp: dict, woven: nbformat.NotebookNode) -> list[str]:
+    """The sections that an earlier run with this stamp finished with the code that they have now; none where its notebook or rows cannot be read.
+
+    The opening always runs, and so do, where anything else does, the sections that look at all rows: the one that closes the board does.
     """
     facts = companion_facts(folder / "partial.ipynb")
     try:
@@ -222,9 +269,24 @@ def finished_sections(folder: Path, stamp: dict) -> list[str]:
         return []
     if facts.get("stamp") != stamp or not isinstance(journal, dict) or "rows" not in journal:
         return []
-    partial = nbformat.read(folder / "partial.ipynb", as_version=4)
-    again = {section.key for section in notebooks.sections(partial) if notebooks.closing(partial, section)}
-    return [key for key in facts.get("finished", []) if key not in {notebooks.OPENING, *again}]
+    before = code_by_section(nbformat.read(folder / "partial.ipynb", as_version=4))
+    now = code_by_section(woven)
+    if before.get(notebooks.OPENING) != now[notebooks.OPENING]:
+        return []
+    keep = [key for key in facts.get("finished", []) if key in now and key != notebooks.OPENING and before[key] == now[key]]
+    return [key for key in keep if not LOOKS_AT_ALL_ROWS.search("\n".join(now[key]))]
+
+
+def code_by_section(notebook: nbformat.NotebookNode) -> dict[str, list[str]]:
+    """Section -> the sources of its code cells, papermill's parameters aside."""
+    return {
+        section.key: [
+            cell.source
+            for cell in notebook.cells[section.first : section.last]
+            if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
+        ]
+        for section in notebooks.sections(notebook)
+    }
 
 
 # --- the child ------------------------------------------------------------------------------------------------------
@@ -245,11 +307,12 @@ def prepare(notebook: nbformat.NotebookNode, request: Request, folder: Path, don
     return folder / "order.json"
 
 
-def child_environment(request: Request, name: str, folder: Path, done: list[str]) -> dict[str, str]:
+def child_environment(request: Request, name: str, folder: Path, done: list[str], sections: list[str]) -> dict[str, str]:
     """What the kernel must know: where results, rows and progress go. Only our own package is on the path, not the current folder."""
     return {**os.environ, "COMPANION_OUT": str(request.out.resolve()), "COMPANION_PROFILE": request.profile, "COMPANION_NAME": name,
             "COMPANION_PROGRESS": str((folder / "progress").resolve()), "COMPANION_JOURNAL": str((folder / "rows.json").resolve()),
-            "COMPANION_FINISHED": json.dumps(done), "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}  # fmt: skip
+            "COMPANION_FINISHED": json.dumps(done),
+            "COMPANION_SECTIONS": json.dumps(sections), "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}  # fmt: skip
 
 
 def watch_child(order: Path, environment: dict, folder: Path, tell: Progress, stop: Stop) -> int:

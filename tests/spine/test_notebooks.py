@@ -15,6 +15,7 @@ from utils.board import flatten
 
 DEVICE = os.environ.get("COMPANION_TEST_DEVICE", "cpu")
 ALONE = {"00_bert_baseline": ("2", "5"), "01_pruning": ("5", "8"), "02_quantization": ("3", "7")}
+CHAPTERS = [pytest.param(chapter, marks=pytest.mark.xdist_group(chapter)) for chapter in catalogue.chapters()]  # a core each
 pytestmark = pytest.mark.slow
 
 
@@ -36,21 +37,31 @@ def run_one(chapter: str, wanted: runs.Request) -> runs.Outcome:
     return outcome
 
 
+class Outcomes(dict):
+    """How each chapter's run ended; a chapter runs, once, when it is first asked for. Artifacts are kept."""
+
+    def __init__(self, out):
+        super().__init__()
+        self.out = out
+
+    def __missing__(self, chapter: str) -> runs.Outcome:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("COMPANION_ARTIFACTS", str(self.out / "artifacts"))
+            self[chapter] = run_one(chapter, request(self.out))
+        return self[chapter]
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """All chapters, executed once; their artifacts are kept."""
     out = tmp_path_factory.mktemp("smoke")
     (out / "artifacts").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COMPANION_ARTIFACTS", str(out / "artifacts"))
-        yield out, {chapter: run_one(chapter, request(out)) for chapter in catalogue.chapters()}
+    return Outcomes(out)
 
 
-@pytest.mark.parametrize("chapter", catalogue.chapters())
+@pytest.mark.parametrize("chapter", CHAPTERS)
 def test_notebook_runs_in_smoke_and_every_row_holds(outcomes, chapter):
-    out, finished = outcomes
-    assert finished[chapter].ok, finished[chapter].message
-    methods = check_results(out / "results" / "smoke" / f"{chapter}.json", chapter)
+    assert outcomes[chapter].ok, outcomes[chapter].message
+    methods = check_results(outcomes.out / "results" / "smoke" / f"{chapter}.json", chapter)
     assert {m.id for m in catalogue.load(chapter)} <= methods
 
 
@@ -86,10 +97,11 @@ def check_row(row: dict, baseline: dict) -> None:
         assert row["effect"]["tensors_reshaped"] + row["effect"]["tensors_removed"] > 0, where
 
 
-@pytest.mark.parametrize("chapter", catalogue.chapters())
+@pytest.mark.parametrize("chapter", CHAPTERS)
 def test_every_artifact_keeps_its_contract_in_a_fresh_process(outcomes, chapter, tmp_path):
     """Same logits, classes, ties and bytes; multiply-adds that closed form and counter agree on: for every row that has a file."""
-    out, _ = outcomes
+    assert outcomes[chapter]
+    out = outcomes.out
     rows = results.read(out / "results" / "smoke" / f"{chapter}.json")["rows"]
     with_file = [number for number, row in enumerate(rows) if "weights_touched" in row["effect"]]
     for number in with_file:
@@ -101,7 +113,7 @@ def test_every_artifact_keeps_its_contract_in_a_fresh_process(outcomes, chapter,
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("chapter", catalogue.chapters())
+@pytest.mark.parametrize("chapter", CHAPTERS)
 def test_the_core_track_of_the_committed_notebook_reproduces(chapter, tmp_path):
     """Through nbval, which runs the committed cells and compares the outputs of those that are tagged for it."""
     notebooks.core_copy(notebooks.NOTEBOOKS / f"{chapter}.ipynb", tmp_path / f"{chapter}.ipynb")
@@ -115,9 +127,10 @@ def test_the_core_track_of_the_committed_notebook_reproduces(chapter, tmp_path):
     assert core <= methods <= core | {"control"}
 
 
-@pytest.mark.parametrize("chapter", catalogue.chapters())
+@pytest.mark.parametrize("chapter", CHAPTERS)
 def test_sections_run_alone_and_give_the_rows_that_they_give_in_the_chapter(outcomes, chapter, tmp_path):
-    out, _ = outcomes
+    assert outcomes[chapter]
+    out = outcomes.out
     whole = {(row["method"], row["label"]): row for row in results.read(out / "results" / "smoke" / f"{chapter}.json")["rows"]}
     for key in ALONE[chapter]:
         outcome = run_one(chapter, request(tmp_path, sections=(key,)))

@@ -56,7 +56,7 @@ import json, sys
 from pathlib import Path
 from utils import CompanionError, cli, notebooks, run
 lessons, out, names, resume = json.loads(sys.argv[1])
-notebooks.lesson_path = run.lesson_path = lambda chapter: Path(lessons) / f"{chapter}.md"
+notebooks.lesson_path = lambda chapter: Path(lessons) / f"{chapter}.md"
 cli.show_results = lambda *arguments: None
 request, stop = run.Request(Path(out), "smoke", {"PROFILE": "smoke"}, resume), run.Stop()
 sys.argv = ["companion"]
@@ -101,8 +101,7 @@ def chapter(tmp_path, monkeypatch):
     path = tmp_path / "lessons" / "one.md"
     path.parent.mkdir()
     path.write_text(lesson())
-    for module in (notebooks, run):
-        monkeypatch.setattr(module, "lesson_path", lambda name: path.with_name(f"{name}.md"))
+    monkeypatch.setattr(notebooks, "lesson_path", lambda name: path.with_name(f"{name}.md"))
     return path
 
 
@@ -204,20 +203,45 @@ def test_resume_compares_what_a_run_was_made_from(chapter, tmp_path):
     request = run.Request(tmp_path, "smoke", {"PROFILE": "smoke", "DATASET": str(data)})
     data.write_text("text,label\n\n")
     final, results = tmp_path / "one.ipynb", run.results_file(request, "one")
-    assert not run.finished(final, results, run.make_stamp("one", request))  # other data
+    woven = notebooks.weave("one")
+    assert not run.finished(final, results, run.make_stamp("one", request), woven)  # other data
     data.write_text("text,label\n")
     stamp = run.make_stamp("one", request)
-    assert run.finished(final, results, stamp)
-    chapter.write_text(chapter.read_text() + "\n")
-    assert run.make_stamp("one", request) != stamp  # another lesson
+    assert run.finished(final, results, stamp, woven)
+    chapter.write_text(chapter.read_text().replace("## 2", "Told anew.\n\n## 2"))
+    assert not run.finished(final, results, stamp, notebooks.weave("one"))  # another lesson
     for damaged in (results, final):
         whole = damaged.read_bytes()
         for part in (whole[: len(whole) // 2], b""):
             damaged.write_bytes(part)
-            assert not run.finished(final, results, stamp)
+            assert not run.finished(final, results, stamp, woven)
         damaged.unlink()
-        assert not run.finished(final, results, stamp)
+        assert not run.finished(final, results, stamp, woven)
         damaged.write_bytes(whole)
+
+
+def test_resume_runs_the_sections_whose_code_changed_and_takes_their_text_as_it_is_now(chapter, tmp_path):
+    assert execute(tmp_path).ok
+    chapter.write_text(
+        lesson(in_2='board.section("2")\nboard.put("2c")').replace("## 1 Section\n", "## 1 Section\n\nTold anew.\n")
+    )
+    assert execute(tmp_path, resume=True).ok
+    assert executed(tmp_path) == ["1", "2", "3", "2"]
+    labels = [row["label"] for row in rows(tmp_path)]
+    assert sorted(labels) == ["1a", "1b", "2b", "2c", "3a", "3b"]
+    again = nbformat.read(tmp_path / "one.ipynb", as_version=4)
+    assert notebooks.same_cells(again, notebooks.weave("one")) and any("Told anew." in cell.source for cell in again.cells)
+    assert all(cell.execution_count for cell in again.cells if cell.cell_type == "code")
+    chapter.write_text(chapter.read_text().replace("board = Board()", "board = Board() "[:-1] + "\nx = 1"))
+    assert execute(tmp_path, resume=True).ok
+    assert executed(tmp_path)[4:] == ["1", "2", "3"]  # another opening: everything
+
+
+def test_the_source_is_what_is_computed(tmp_path):
+    first = '"""Told."""\ndef f(x):\n    """Told."""\n    return x  # why\n'
+    assert run.without_docstrings(first) == run.without_docstrings('"""Anew."""\n\ndef f( x ):\n    """Anew."""\n    return x\n')
+    assert run.without_docstrings(first) != run.without_docstrings(first.replace("return x", "return -x"))
+    assert {path.stem for path in Path(run.__file__).parent.glob("*.py")} >= set(run.COMMAND_LINE)
 
 
 def test_content_of_folders_counts(tmp_path):
@@ -239,12 +263,13 @@ def test_what_cannot_be_read_of_an_interrupted_run_counts_as_not_there(chapter, 
     folder.mkdir()
     nbformat.write(notebook, folder / "partial.ipynb")
     (folder / "rows.json").write_text(json.dumps(run.NO_ROWS))
-    assert run.finished_sections(folder, stamp) == ["1", "2", "3"]  # the opening and the closing section always run
-    assert run.finished_sections(folder, {**stamp, "profile": "full"}) == []
+    woven = notebooks.weave("one")
+    assert run.finished_sections(folder, stamp, woven) == ["1", "2", "3"]  # the opening and the closing section always run
+    assert run.finished_sections(folder, {**stamp, "profile": "full"}, woven) == []
     whole = (folder / damaged).read_text()
     for text in (whole[: len(whole) // 2], "", "[]"):
         (folder / damaged).write_text(text)
-        assert run.finished_sections(folder, stamp) == []
+        assert run.finished_sections(folder, stamp, woven) == []
 
 
 def test_an_output_that_cannot_be_written_is_one_clear_line(chapter, tmp_path):
