@@ -70,7 +70,9 @@ def run(
         list[str] | None, typer.Option(help="Only this section (and the opening), such as 7. May be repeated.")
     ] = None,
     track: Annotated[str, typer.Option(help="all, or core: what a class of ninety minutes takes.")] = "all",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption or a change: sections of the same code are kept.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after an interruption or a change: sections of the same code are kept.")
+    ] = False,
 ) -> None:
     """Execute chapters. A failed method costs its row, a failed chapter does not stop the others; both fail the command."""
     from utils import notebooks
