@@ -39,7 +39,7 @@ class Phase(NamedTuple):
 
 def fine_tuned(model_name: str, task: Task, profile: Profile, seed: int, device: torch.device) -> Baseline:
     """Fine-tune, or read from the cache, the baseline. Parallel callers train it once."""
-    pretrained = bert.load(model_name, task.num_labels, profile.num_layers)
+    pretrained = bert.load(model_name, task.num_labels, profile.num_layers, task.vocabulary, profile.neurons)
     built_here = []
 
     def build(folder: Path) -> None:

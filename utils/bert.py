@@ -120,12 +120,18 @@ def resolve(name: str) -> str:
     return name
 
 
-def load(name: str = EMBEDDED, num_labels: int = 2, num_layers: int | None = None) -> BertForSequenceClassification:
+def load(
+    name: str = EMBEDDED,
+    num_labels: int = 2,
+    num_layers: int | None = None,
+    vocabulary: int | None = None,
+    neurons: int | None = None,
+) -> BertForSequenceClassification:
     """Load a pre-trained BERT with a fresh classifier, on the CPU, in float32 and evaluation mode.
 
-    `name` is `embedded`, a local folder, or a hub name; `num_layers` keeps the first layers only. The classifier's random start
-    is fixed. Raises CompanionError
-    where there is no such model, or where it is no BERT.
+    `name` is `embedded`, a local folder, or a hub name; `num_layers` keeps the first layers, `vocabulary` the first word pieces and
+    `neurons` the first feed-forward neurons of every layer only. The classifier's random start is fixed. Raises CompanionError where there
+    is no such model, or where it is no BERT.
     """
     source = resolve(name)
     with _hub_errors(name), quiet(), torch.random.fork_rng():
@@ -139,7 +145,22 @@ def load(name: str = EMBEDDED, num_labels: int = 2, num_layers: int | None = Non
                        "num_hidden_layers": min(num_layers or config.num_hidden_layers, config.num_hidden_layers)})  # fmt: skip
         # A checkpoint fine-tuned for another number of classes is welcome: its classifier is replaced.
         options = {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}
-        return AutoModelForSequenceClassification.from_pretrained(source, **options).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(source, **options).eval()
+        if vocabulary and vocabulary < config.vocab_size:
+            model.resize_token_embeddings(vocabulary)
+        if neurons and neurons < config.intermediate_size:
+            _narrow(model, neurons)
+        return model
+
+
+def _narrow(model: nn.Module, neurons: int) -> None:
+    """Keep the first feed-forward neurons of every layer, as if the model had been made so."""
+    for layer in model.bert.encoder.layer:
+        first, second = layer.intermediate.dense, layer.output.dense
+        first.weight, first.bias = nn.Parameter(first.weight[:neurons].clone()), nn.Parameter(first.bias[:neurons].clone())
+        second.weight = nn.Parameter(second.weight[:, :neurons].clone())
+        first.out_features = second.in_features = neurons
+    model.config.intermediate_size = neurons
 
 
 def load_tokenizer(name: str = EMBEDDED) -> transformers.PreTrainedTokenizerBase:

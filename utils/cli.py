@@ -98,9 +98,13 @@ def run(
 
 def preflight(profile: str, model: str, dataset: str, device: str) -> None:
     """Find a wrong argument before a notebook starts. Raises CompanionError."""
-    from utils import bert, profiles, tasks
+    from utils import profiles
 
     sizes = profiles.get(profile)
+    if device in ("auto", "cpu") and profile != "gpu" and model == DEFAULTS["MODEL"] and dataset == DEFAULTS["DATASET"]:
+        return  # nothing that could be wrong, and torch and transformers take seconds to load
+    from utils import bert, tasks
+
     profiles.pick_device(device, profile)
     task = tasks.load(dataset, bert.load_tokenizer(model), sizes)
     bert.load(model, task.num_labels)

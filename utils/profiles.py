@@ -6,10 +6,12 @@ enough that the papers' effects could show, and seeds enough to tell. `gpu` is s
 """
 
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from utils import CompanionError
+
+if TYPE_CHECKING:  # the command looks a name up here, and need not wait for torch
+    import torch
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Profile:
 
     name: str
     num_layers: int | None  # the model's first layers, where all would only take time; None: all
+    vocabulary: int | None  # word pieces that are left of the model's, where all would only make every file large; None: all
+    neurons: int | None  # feed-forward neurons that are left of each layer; None: all
     train_size: int | None  # None: all
     validation_size: int | None
     max_length: int
@@ -39,20 +43,20 @@ class Profile:
 
 PROFILES = {
     "smoke": Profile(
-        name="smoke", num_layers=2, train_size=96, validation_size=32, max_length=16, batch_size=8,
+        name="smoke", num_layers=2, vocabulary=2000, neurons=576, train_size=96, validation_size=32, max_length=16, batch_size=8,
         baseline_steps=6, baseline_learning_rate=2e-4, recovery_steps=2, recovery_learning_rate=1e-4,
         claim_steps=2, seeds=(0,), calibration_size=8, probe_size=8, sparsities=(0.0, 0.5),
         lengths=(32, 64), latency_seconds=0.005, latency_length=4, latency_rounds=1,
     ),
     "cpu": Profile(
-        name="cpu", num_layers=None, train_size=None, validation_size=None, max_length=64, batch_size=32,
+        name="cpu", num_layers=None, vocabulary=None, neurons=None, train_size=None, validation_size=None, max_length=64, batch_size=32,
         baseline_steps=400, baseline_learning_rate=1e-4, recovery_steps=30, recovery_learning_rate=1e-4,
         claim_steps=16, seeds=(0, 1, 2), calibration_size=256, probe_size=192,
         sparsities=(0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
         lengths=(32, 128, 256, 512), latency_seconds=0.06, latency_length=32, latency_rounds=3,
     ),
     "full": Profile(
-        name="full", num_layers=None, train_size=None, validation_size=None, max_length=64, batch_size=32,
+        name="full", num_layers=None, vocabulary=None, neurons=None, train_size=None, validation_size=None, max_length=64, batch_size=32,
         baseline_steps=400, baseline_learning_rate=1e-4, recovery_steps=300, recovery_learning_rate=1e-4,
         claim_steps=100, seeds=(0, 1, 2, 3, 4), calibration_size=512, probe_size=2000,
         sparsities=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
@@ -71,8 +75,10 @@ def get(name: str) -> Profile:
     return PROFILES[name]
 
 
-def pick_device(name: str = "auto", profile: str = "cpu") -> torch.device:
+def pick_device(name: str = "auto", profile: str = "cpu") -> "torch.device":
     """Turn `auto`, `cpu` or `cuda` into a device. Raises CompanionError where CUDA is asked for (the `gpu` profile does) and absent."""
+    import torch
+
     if name not in ("auto", "cpu", "cuda"):
         raise CompanionError(f"unknown device {name!r}: choose auto, cpu or cuda")
     name = "cuda" if profile == "gpu" and name == "auto" else name
@@ -81,8 +87,10 @@ def pick_device(name: str = "auto", profile: str = "cpu") -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
+def compute_dtype(device: "torch.device") -> "torch.dtype":
     """bfloat16 where the hardware multiplies it natively, else float32. The results file records which it was."""
+    import torch
+
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     capabilities = torch.cpu.get_capabilities()

@@ -78,6 +78,7 @@ class Task:
     label_names: list[str]
     tokenizer: PreTrainedTokenizerBase
     key: str
+    vocabulary: int | None = None  # word pieces that occur, where the profile folds the others into them; None: all
 
     @property
     def num_labels(self) -> int:
@@ -102,9 +103,10 @@ def load(name: str, tokenizer: PreTrainedTokenizerBase, profile: Profile) -> Tas
     train = _encode_labels(train, label_names).select(range(min(len(train), profile.train_size or len(train))))
     validation = _encode_labels(validation, label_names)
     validation = validation.select(range(min(len(validation), profile.validation_size or len(validation))))
-    parts = [_tokenise(split, tokenizer, profile.max_length) for split in (train, validation)]
+    vocabulary = profile.vocabulary if max(tokenizer.all_special_ids) < (profile.vocabulary or 0) // 2 else None
+    parts = [_tokenise(split, tokenizer, profile.max_length, vocabulary) for split in (train, validation)]
     key = hashlib.sha256(json.dumps([[s.input_ids, s.labels.tolist()] for s in parts]).encode()).hexdigest()[:16]
-    return Task(name, parts[0], parts[1], [str(label) for label in label_names], tokenizer, key)
+    return Task(name, parts[0], parts[1], [str(label) for label in label_names], tokenizer, key, vocabulary)
 
 
 def batches(split: Split, batch_size: int, pad_token_id: int, seed: int | None = None) -> Iterator[dict]:
@@ -241,8 +243,11 @@ def _encode_labels(data: datasets.Dataset, label_names: list) -> datasets.Datase
     return data.remove_columns("label").add_column("label", codes)
 
 
-def _tokenise(data: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Split:
+def _tokenise(data: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, vocabulary: int | None) -> Split:
     encoded = tokenizer(_column(data, "text"), truncation=True, max_length=max_length)["input_ids"]
+    if vocabulary:  # the upper half of what is left stands for everything beyond it; special tokens lie in the lower
+        half = vocabulary // 2
+        encoded = [[piece if piece < vocabulary else half + piece % (vocabulary - half) for piece in ids] for ids in encoded]
     return Split(data, encoded, torch.tensor(_column(data, "label")))
 
 

@@ -190,6 +190,10 @@ def test_the_smoke_profile_keeps_the_first_layers(board):
 
     whole = bert.load().state_dict()
     assert board.baseline.model.config.num_hidden_layers == board.profile.num_layers == len(board.fresh().bert.encoder.layer)
-    kept = bert.load(num_layers=board.profile.num_layers).state_dict()
-    assert len(kept) < len(whole) and all(torch.equal(value, whole[name]) for name, value in kept.items())
+    sizes = board.profile
+    kept = bert.load(num_layers=sizes.num_layers, vocabulary=board.task.vocabulary, neurons=sizes.neurons).state_dict()
+    assert len(kept) < len(whole) and board.baseline.model.config.intermediate_size == sizes.neurons
+    assert all(torch.equal(value, whole[name][tuple(map(slice, value.shape))]) for name, value in kept.items())
+    assert board.baseline.model.config.vocab_size == board.profile.vocabulary == board.task.vocabulary
+    assert max(max(ids) for ids in board.task.train.input_ids) < board.profile.vocabulary
     assert bert.load(num_layers=99).config.num_hidden_layers == 6
