@@ -35,6 +35,7 @@ class Phase(NamedTuple):
     learning_rate: float
     train_embeddings: bool
     seed: int
+    hold: int = 0
 
 
 def fine_tuned(model_name: str, task: Task, profile: Profile, seed: int, device: torch.device) -> Baseline:

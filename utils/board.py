@@ -7,6 +7,7 @@ when the artifact on disk does not give back the measured model. Rows are on dis
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -49,6 +50,7 @@ from utils.trials import Seeds, Trial, Within
 RELOAD_TOLERANCE = 1e-4  # largest logit difference between a measured model and its reloaded artifact, float32
 BASELINE = "baseline"
 OPENING = "opening"
+Acted = tuple[float, float | None, float | None]  # a mechanism number, at least, at most
 TIMING = ("latency_ratio", "latency_ratio_interval", "latency_ms")
 
 
@@ -200,19 +202,23 @@ class Board:
         found = metrics.paired_difference(self.logits(first), self.logits(second), self.task.validation.labels)
         return metrics.Estimate(100 * found.value, 100 * found.low, 100 * found.high, found.n)
 
-    @functools.cached_property
-    def probe(self) -> tasks.Split:
-        """A fixed part of the validation sentences, for curves and maps that take many evaluations."""
-        return self.task.validation.first(self.profile.probe_size)
+    @property
+    def selection(self) -> tasks.Split:
+        """Training sentences that nobody trains on: every choice is made on them, and curves with many evaluations use them."""
+        return self.task.selection
 
-    def probe_accuracy(self, result: Trial | nn.Module) -> float:
-        """Accuracy in percent on the probe."""
-        return percent_right(self.predict(result, self.probe), self.probe.labels)
+    def selection_loss(self, result: Trial | nn.Module) -> float:
+        """Mean cross-entropy in nats on the selection sentences: what choices are made by, because it is finer than accuracy."""
+        return nn.functional.cross_entropy(self.predict(result, self.selection), self.selection.labels).item()
+
+    def selection_accuracy(self, result: Trial | nn.Module) -> float:
+        """Accuracy in percent on the selection sentences."""
+        return percent_right(self.predict(result, self.selection), self.selection.labels)
 
     @property
-    def probe_error(self) -> float:
-        """One standard error of a probe accuracy near one half, in points: the most that it can be."""
-        return 100 * (0.25 / len(self.probe)) ** 0.5
+    def selection_error(self) -> float:
+        """One standard error of a selection accuracy near one half, in points: the most that it can be."""
+        return 100 * (0.25 / len(self.selection)) ** 0.5
 
     def find(self, label: str) -> Row:
         """The row of that label. Raises CompanionError where there is none."""
@@ -251,13 +257,15 @@ class Board:
 
     def put(
         self, result: Trial | nn.Module, method: str, label: str, *, control_of: str | None = None, simulated: bool = False,
-        effect: dict | None = None, latency: dict[str, costs.Race] | None = None, **hyperparameters,
+        effect: dict | None = None, acted: dict[str, Acted] | None = None, latency: dict[str, costs.Race] | None = None,
+        **hyperparameters,
     ) -> Row:  # fmt: skip
         """Put a trial, a model or an engine on the board; returns its row.
 
         `method` is the catalogue id (`control` for a control run, whose `control_of` names the id). `simulated` says that speed is
-        emulated: then none is claimed. `latency` holds races in which the model ran under this label (engines are timed so).
-        Raises RowRefused.
+        emulated: then none is claimed. `acted` proves that the method did what its name says: mechanism number -> (value, at
+        least, at most), an open bound is None. `latency` holds races in which the model ran under this label (engines are timed
+        so). Raises RowRefused.
         """
         report_progress(f"{method} {label}")
         fields = self._measure(result, label, simulated, latency)
@@ -266,7 +274,7 @@ class Board:
             method=method, label=label, control_of=control_of, seed=getattr(result, "seed", self.seed), section=self._section,
             hyperparameters={**hyperparameters, **describe_training(trained)}, simulated=simulated,
             train_seconds=round(getattr(result, "seconds", 0.0), 2), track=self._track(control_of or method),
-            **{**fields, "effect": {**fields["effect"], **(effect or {})}},
+            **{**fields, "effect": {**fields["effect"], **(effect or {}), **mechanism(acted or {})}},
         )  # fmt: skip
         self._refuse(row)
         self.rows = self._in_order([*self.rows, row])
@@ -290,13 +298,19 @@ class Board:
                 "against_control": self._against_control(result, logits), "effect": effect,
                 "part_kinds": sorted({part.kind for part in parts.find(model).values()})}  # fmt: skip
 
-    def claim(self, id: str, statement: str, source: str, unit: str, evidence: list[Evidence]) -> Claim:
-        """Judge a statement of a survey and keep the verdict."""
-        claim = judge(id, statement, source, unit, evidence, self.profile.name, self._section, self.machine)
+    def claim(
+        self, id: str, statement: str, source: str, unit: str, evidence: list[Evidence], *, departs: str | None = None,
+        depends_on: str | None = None,
+    ) -> Claim:  # fmt: skip
+        """Judge a statement of a survey and keep the verdict (`utils.claims.judge`)."""
+        conditions = {"departs": departs, "depends_on": depends_on}
+        claim = judge(id, statement, source, unit, evidence, self.profile.name, self._section, self.machine, **conditions)
         self.claims = self._in_order([*self.claims, claim])
         self._write_journal()
         report_progress(f"claim {id}")
         print(claim.report())
+        if claim.verdict == "not tested" and self.profile.name != "smoke":
+            print(results.verdict_of_record(self.chapter, id))
         return claim
 
     @functools.cached_property
@@ -403,7 +417,7 @@ class Board:
         if torch.equal(control, logits):  # this is that control
             return None
         found = metrics.paired_difference(logits, control, self.task.validation.labels)
-        training_text = ", then ".join(f"{phase.steps} steps at {phase.learning_rate:g}" for phase in phases)
+        training_text = ", then ".join(in_turn(phases))
         return {"control": f"dense, {training_text}", "difference": round(found.value, 6), "ci95": costs.as_row(found)}
 
     def _forward_costs(self, model: nn.Module, engine: bool = False) -> dict:
@@ -470,16 +484,46 @@ class Board:
         if row.effect["same_weights"] and row.effect["largest_logit_difference"] == 0:
             raise RowRefused(f"{row.method} {row.label} changed nothing: all {row.parameters:,} weights equal the baseline's, "
                              f"and so do its logits on {len(self.task.validation)} validation texts")  # fmt: skip
+        for name, (low, high) in row.effect.get("bounds", {}).items():
+            value = row.effect[name]
+            if self.profile.name != "smoke" and not ((low is None or value >= low) and (high is None or value <= high)):
+                raise RowRefused(f"{row.method} {row.label} did not act as its name says: {name} is {value:g}, expected "
+                                 f"{in_words(low, high)}")  # fmt: skip
         bad = [name for name, value in flatten(row.as_dict()).items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
             raise RowRefused(f"{row.method} {row.label} has numbers that are not finite: {', '.join(bad)}")
 
 
+def mechanism(acted: dict[str, Acted]) -> dict:
+    """Mechanism numbers for a row's effect, with the bounds that they must keep under `bounds`."""
+    if not acted:
+        return {}
+    numbers = {name: round(float(value), 6) for name, (value, _, _) in acted.items()}
+    return {**numbers, "bounds": {name: [low, high] for name, (_, low, high) in acted.items()}}
+
+
+def in_words(low: float | None, high: float | None) -> str:
+    """Bounds for a message: at least 0.1; at most 3; between 0.1 and 3."""
+    if low is not None and high is not None:
+        return f"between {low:g} and {high:g}"
+    return f"at least {low:g}" if low is not None else f"at most {high:g}"
+
+
 def describe_training(phases: list[trials.Phase]) -> dict:
-    """Steps and learning rates of a trial's training, for a row's hyperparameters."""
+    """Steps and learning rates of a trial's training, and how long the rate was held, for a row's hyperparameters."""
     rates = list(dict.fromkeys(phase.learning_rate for phase in phases if phase.steps))
     learned = {"learning_rate": rates[0] if len(rates) == 1 else rates} if rates else {}
-    return {"steps": sum(phase.steps for phase in phases), **learned}
+    held = {"hold": sum(phase.hold for phase in phases)} if any(phase.hold for phase in phases) else {}
+    return {"steps": sum(phase.steps for phase in phases), **learned, **held}
+
+
+def in_turn(phases: tuple[trials.Phase, ...]) -> list[str]:
+    """Phases of training in words; equal ones in a row are said once."""
+    texts = []
+    for (steps, rate), run in itertools.groupby((phase.steps, phase.learning_rate) for phase in phases):
+        count = len(list(run))
+        texts.append(f"{count} times {steps} steps at {rate:g}" if count > 1 else f"{steps} steps at {rate:g}")
+    return texts
 
 
 def percent_right(logits: torch.Tensor, labels: torch.Tensor) -> float:

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from utils.metrics import Estimate
 
 UNITS = ("seed", "example", "round", "arithmetic", "model")
+VERDICTS = ("supported", "contradicted", "depends", "inconclusive", "not tested as stated", "not tested")
 MINIMUM_SEEDS = 3
+FEW_SEEDS = f"(a comparison of trainings takes {MINIMUM_SEEDS} seeds or more: the profile `full` judges it)"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Evidence:
 class Claim:
     """A statement, where it comes from, the unit of repetition, and the evidence for and against it.
 
-    `machine` names the processor behind a claim about time, whose verdict holds for that machine alone.
+    `machine` names the processor behind a claim about time, whose verdict holds for that machine alone. `departs` says how the
+    test differs from what the source speaks of; `depends_on` says what the pieces of evidence vary.
     """
 
     id: str
@@ -58,6 +61,8 @@ class Claim:
     verdict: str
     section: str = ""
     machine: str | None = None
+    departs: str | None = None
+    depends_on: str | None = None
 
     def as_dict(self) -> dict:
         """JSON form; an infinite bound becomes null."""
@@ -84,6 +89,9 @@ class Claim:
         where = f" · on {self.machine}" if self.machine else ""
         lines = [f"{self.id} · {self.verdict.upper()}{where} · unit: {self.unit}", *textwrap.wrap(f"“{self.statement}”", 110),
                  f"({self.source})"]  # fmt: skip
+        lines += textwrap.wrap(f"what the evidence varies: {self.depends_on}", 110) if self.depends_on else []
+        lines += textwrap.wrap(f"not as the source has it: {self.departs}", 110) if self.departs else []
+        lines += [FEW_SEEDS] if self.unit == "seed" and few_seeds(self.evidence) else []
         return "\n".join([*lines, *(f"  - {item.report()}" for item in self.evidence)])
 
 
@@ -96,26 +104,40 @@ def judge(
     profile: str,
     section: str = "",
     machine: str | None = None,
+    departs: str | None = None,
+    depends_on: str | None = None,
 ) -> Claim:
     """Weigh the evidence: all supported makes `supported`, any contradicted makes `contradicted`, else `inconclusive`.
 
-    In the `smoke` profile nothing is judged; a claim over fewer than three seeds stays `inconclusive`. Raises ValueError for
-    an unknown unit or a claim without evidence. The `machine` is kept where the unit is the round of a timing.
+    Where the evidence varies a condition (`depends_on`), one supported and one contradicted piece make `depends`. Where the test
+    departs from what the source speaks of (`departs`), whatever is not supported is `not tested as stated`. In the `smoke` profile
+    nothing is judged, and neither is a claim over fewer than three seeds. Raises ValueError for an unknown unit or a claim without
+    evidence. The `machine` is kept where the unit is the round of a timing.
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
     if not evidence:
         raise ValueError(f"claim {id} has no evidence")
-    verdicts = [item.verdict() for item in evidence]
-    if profile == "smoke":
+    if profile == "smoke" or (unit == "seed" and few_seeds(evidence)):
         verdict = "not tested"
-    elif unit == "seed" and min(item.effect.n for item in evidence) < MINIMUM_SEEDS:
-        verdict = "inconclusive"
-    elif "contradicted" in verdicts:
-        verdict = "contradicted"
     else:
-        verdict = "supported" if set(verdicts) == {"supported"} else "inconclusive"
-    return Claim(id, statement, source, unit, evidence, verdict, section, machine if unit == "round" else None)
+        verdict = weigh([item.verdict() for item in evidence], depends_on is not None)
+        verdict = "not tested as stated" if departs and verdict != "supported" else verdict
+    return Claim(
+        id, statement, source, unit, evidence, verdict, section, machine if unit == "round" else None, departs, depends_on
+    )
+
+
+def weigh(verdicts: list[str], conditional: bool = False) -> str:
+    """One verdict for several pieces of evidence; those that vary a condition may disagree."""
+    if "contradicted" in verdicts:
+        return "depends" if conditional and "supported" in verdicts else "contradicted"
+    return "supported" if set(verdicts) == {"supported"} else "inconclusive"
+
+
+def few_seeds(evidence: list[Evidence]) -> bool:
+    """Whether some effect was measured with fewer seeds than a comparison of trainings takes."""
+    return min(item.effect.n for item in evidence) < MINIMUM_SEEDS
 
 
 def exact(value: float) -> Estimate:

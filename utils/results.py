@@ -225,6 +225,16 @@ def of_record(out: Path) -> list[dict]:
     return [read(found[chapter]) for chapter in sorted(found)]
 
 
+def verdict_of_record(chapter: str, claim: str, out: Path = ROOT / "notebooks") -> str:
+    """A sentence: what the committed results of profile `full` say of a claim that smaller profiles cannot judge."""
+    found = files(out, "full").get(chapter)
+    content = read(found) if found else {"claims": []}
+    for one in content["claims"]:
+        if one["id"] == claim:
+            return f"verdict of record, profile full on {machine_of(content)}: {one['verdict'].upper()}"
+    return "no verdict of record yet: run the chapter in the profile `full`"
+
+
 def rows_of(content: dict) -> tuple[Row, list[Row]]:
     """Baseline and rows of a results file. The first edition's baselines had no name, and a share more."""
     base = {"method": "-", "label": "baseline", **content["baseline"]}

@@ -7,6 +7,7 @@ come to its end, runs those sections again whose code has changed since.
 
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,14 +154,14 @@ def run_chapter(chapter: str, request: Request, on_progress: Progress = lambda w
     """Weave and execute one chapter in a process of its own. The caller holds its output (`run_all` does)."""
     name, stop = request.name(chapter), stop or Stop()
     folder, final = request.out / f".{name}", request.out / f"{name}.ipynb"
-    stamp = make_stamp(chapter, request)
+    stamp = make_stamp(request)
     notebook = notebooks.weave(chapter, request.sections, request.track)
     if request.resume and finished(final, results_file(request, name), stamp, notebook):
         return Outcome(chapter, name, final, ok=True, skipped=True)
     if request.resume and not folder.exists():
         begin_from_finished(final, results_file(request, name), folder)
     done = finished_sections(folder, stamp, notebook) if request.resume else []
-    notebook.metadata["companion"]["stamp"] = stamp
+    notebook.metadata["companion"].update(stamp=stamp, section_keys=section_keys(notebook))
     order = prepare(notebook, request, folder, done)
     keys = [section.key for section in notebooks.sections(notebook)]
     tell = with_time_left(on_progress, request, chapter, keys)
@@ -173,19 +174,61 @@ def run_chapter(chapter: str, request: Request, on_progress: Progress = lambda w
 # --- what a run is made from ----------------------------------------------------------------------------------------
 
 
-def make_stamp(chapter: str, request: Request) -> dict:
-    """Everything but the notebook's own code that decides a run's numbers: two runs with one stamp and one code give the same rows."""
+def make_stamp(request: Request) -> dict:
+    """Everything but code that decides a run's numbers: two runs with one stamp and equal section keys give the same rows."""
     content = {name: content_key(request.parameters.get(name)) for name in ("MODEL", "DATASET")}
     return {"profile": request.profile, "parameters": {**request.parameters, **content}, "sections": list(request.sections),
-            "track": request.track, "source": source_key(), "machine": results.processor()}  # fmt: skip
+            "track": request.track, "machine": results.processor()}  # fmt: skip
 
 
-def source_key() -> str:
-    """What the package computes, as a hash: its code without comments and docstrings, and without the command line's modules."""
-    tables = [path.read_bytes() for path in sorted((ROOT / "utils").rglob("*.csv"))]
-    modules = [path for path in sorted((ROOT / "utils").rglob("*.py")) if path.stem not in COMMAND_LINE]
-    code = [without_docstrings(path.read_text(encoding="utf-8")).encode() for path in modules]
-    return hashlib.sha256(b"".join(tables + code)).hexdigest()[:16]
+def section_keys(notebook: nbformat.NotebookNode) -> dict[str, str]:
+    """Section -> a hash of its code cells, and of every file of the package that they or the opening import, directly or not."""
+    code = code_by_section(notebook)
+    opening = code[notebooks.OPENING]
+    return {
+        key: "-".join([digest(opening + cells), digest(map(module_code, imported(opening + cells)))])
+        for key, cells in code.items()
+    }
+
+
+def digest(texts: Iterable[str]) -> str:
+    """A short hash of several texts."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def imported(cells: list[str]) -> list[Path]:
+    """The files of the package that code imports, directly or not, in order. Data files of the package belong to all."""
+    known, waiting = set(), ["\n".join(cells)]
+    while waiting:
+        for file in package_files(waiting.pop()) - known:
+            known.add(file)
+            waiting.append(file.read_text(encoding="utf-8"))
+    return sorted(known | set((ROOT / "utils").rglob("*.csv")))
+
+
+def package_files(source: str) -> set[Path]:
+    """The files of the package that this source names in its imports, but for those of the command line, on which no number depends."""
+    names = set()
+    for node in ast.walk(ast.parse(without_magics(source))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    places = [ROOT.joinpath(*name.split(".")) for name in names if name.split(".")[0] == "utils"]
+    files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+    return {file for file in files if file.stem not in COMMAND_LINE}
+
+
+def without_magics(source: str) -> str:
+    """Notebook code as Python: lines for the shell or for IPython import nothing."""
+    return "\n".join(line for line in source.split("\n") if not line.lstrip().startswith(("%", "!")))
+
+
+@functools.cache
+def module_code(path: Path) -> str:
+    """What a file says to the computer: Python without comments and docstrings, anything else as it is."""
+    text = path.read_text(encoding="utf-8")
+    return without_docstrings(text) if path.suffix == ".py" else text
 
 
 def without_docstrings(source: str) -> str:
@@ -237,6 +280,7 @@ def finished(final: Path, written: Path, stamp: dict, woven: nbformat.NotebookNo
     facts = companion_facts(final)
     known = facts.get("results_sha256")
     same = facts.get("stamp") == stamp and not facts.get("errors") and known is not None and known == file_hash(written)
+    same = same and facts.get("section_keys") == section_keys(woven)
     return same and notebooks.same_cells(nbformat.read(final, as_version=4), woven)
 
 
@@ -269,12 +313,9 @@ def finished_sections(folder: Path, stamp: dict, woven: nbformat.NotebookNode) -
         return []
     if facts.get("stamp") != stamp or not isinstance(journal, dict) or "rows" not in journal:
         return []
-    before = code_by_section(nbformat.read(folder / "partial.ipynb", as_version=4))
-    now = code_by_section(woven)
-    if before.get(notebooks.OPENING) != now[notebooks.OPENING]:
-        return []
-    keep = [key for key in facts.get("finished", []) if key in now and key != notebooks.OPENING and before[key] == now[key]]
-    return [key for key in keep if not LOOKS_AT_ALL_ROWS.search("\n".join(now[key]))]
+    before, now, code = facts.get("section_keys", {}), section_keys(woven), code_by_section(woven)
+    keep = [key for key in facts.get("finished", []) if key in now and key != notebooks.OPENING and before.get(key) == now[key]]
+    return [key for key in keep if not LOOKS_AT_ALL_ROWS.search("\n".join(code[key]))]
 
 
 def code_by_section(notebook: nbformat.NotebookNode) -> dict[str, list[str]]:

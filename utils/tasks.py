@@ -70,11 +70,16 @@ class Split:
 
 @dataclass
 class Task:
-    """A classification task, ready for batches. `key` identifies the data; caches depend on it."""
+    """A classification task, ready for batches. `key` identifies the data; caches depend on it.
+
+    `selection` holds training sentences that nobody trains on: whatever a method or a lesson chooses (a rate, a range, a layer)
+    is chosen on them, so that the validation sentences judge and never advise.
+    """
 
     name: str
     train: Split
     validation: Split
+    selection: Split
     label_names: list[str]
     tokenizer: PreTrainedTokenizerBase
     key: str
@@ -101,12 +106,13 @@ def load(name: str, tokenizer: PreTrainedTokenizerBase, profile: Profile) -> Tas
     train, validation = (_normalise(split, name) for split in splits)
     label_names = _label_names(train, validation, name)
     train = _encode_labels(train, label_names).select(range(min(len(train), profile.train_size or len(train))))
+    train, selection = _set_aside(train, profile.selection_size)
     validation = _encode_labels(validation, label_names)
     validation = validation.select(range(min(len(validation), profile.validation_size or len(validation))))
     vocabulary = profile.vocabulary if max(tokenizer.all_special_ids) < (profile.vocabulary or 0) // 2 else None
-    parts = [_tokenise(split, tokenizer, profile.max_length, vocabulary) for split in (train, validation)]
+    parts = [_tokenise(split, tokenizer, profile.max_length, vocabulary) for split in (train, validation, selection)]
     key = hashlib.sha256(json.dumps([[s.input_ids, s.labels.tolist()] for s in parts]).encode()).hexdigest()[:16]
-    return Task(name, parts[0], parts[1], [str(label) for label in label_names], tokenizer, key, vocabulary)
+    return Task(name, *parts, [str(label) for label in label_names], tokenizer, key, vocabulary)
 
 
 def batches(split: Split, batch_size: int, pad_token_id: int, seed: int | None = None) -> Iterator[dict]:
@@ -209,6 +215,13 @@ def _split(data: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
         validation_rows.append(rows[:cut])
         train_rows.append(rows[cut:])
     return tuple(data.select(rng.permutation(np.concatenate(rows))) for rows in (train_rows, validation_rows))
+
+
+def _set_aside(train: datasets.Dataset, count: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """What is left to train on, and the selection sentences: a random draw of at most a fifth; all serve twice where that is none."""
+    count = min(count, len(train) // 5)
+    rows = np.random.default_rng(SPLIT_SEED).permutation(len(train))
+    return train.select(np.sort(rows[count:])), train.select(rows[:count] if count else rows)
 
 
 def _normalise(data: datasets.Dataset, name: str) -> datasets.Dataset:

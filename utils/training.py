@@ -50,6 +50,7 @@ def train(
     steps: int | None = None,
     learning_rate: float | None = None,
     seed: int = 0,
+    hold: int = 0,
     loss: Loss = cross_entropy,
     after_step: AfterStep | None = None,
     train_embeddings: bool = False,
@@ -57,9 +58,11 @@ def train(
 ) -> TrainingLog:
     """Train in place for a number of optimiser steps (default: the profile's recovery budget).
 
-    `seed` orders the batches. `loss(model, batch)` returns a scalar; `after_step(step, model, optimizer)` runs after
-    step 1, 2, ... Embeddings stay frozen unless asked for: on a task this small nothing is lost and a quarter of the step is
-    saved. `parameters` replaces the optimiser's parameter groups (it may hold extra ones with their own `lr`).
+    `seed` orders the batches. The rate stays at its height until step `hold`, a method's last change, and decays after it: so
+    a gradual method trains after its last change as much as a one-shot method does. `loss(model, batch)` returns a scalar;
+    `after_step(step, model, optimizer)` runs after step 1, 2, ... Embeddings stay frozen unless asked for: on a task this small
+    nothing is lost and a quarter of the step is saved. `parameters` replaces the optimiser's parameter groups (it may hold
+    extra ones with their own `lr`).
     """
     steps = profile.recovery_steps if steps is None else steps
     learning_rate = learning_rate or profile.recovery_learning_rate
@@ -70,7 +73,7 @@ def train(
     # The CPU kernel behind scaled_dot_product_attention is slow backwards in bfloat16; the eager product is not.
     fast = bert.fastest_attention(model, "eager" if device.type == "cpu" else "sdpa")
     with frozen_embeddings(model, not train_embeddings), fast, steady_memory(), training_mode(model):
-        optimizer, schedule = make_optimizer(model, steps, learning_rate, parameters)
+        optimizer, schedule = make_optimizer(model, steps, learning_rate, parameters, hold)
         for step, batch in enumerate(
             endless_batches(task.train, profile.batch_size, task.tokenizer.pad_token_id, seed, steps), 1
         ):
@@ -84,13 +87,21 @@ def train(
 
 
 def make_optimizer(
-    model: nn.Module, steps: int, learning_rate: float, parameters: list[dict] | None = None
+    model: nn.Module, steps: int, learning_rate: float, parameters: list[dict] | None = None, hold: int = 0
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW over whatever may change (or the given groups), with linear warm-up over a tenth of the steps and linear decay."""
+    """AdamW over whatever may change (or the given groups): linear warm-up, the full rate until step `hold`, linear decay.
+
+    Raises ValueError where nothing would be left for the decay.
+    """
+    if not 0 <= hold < max(1, steps):
+        raise ValueError(f"hold must be at least 0 and below steps ({steps}), got {hold}: the rate needs steps to decay in")
     groups = parameters or [{"params": [p for p in model.parameters() if p.requires_grad]}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-    warmup = max(1, round(WARMUP_SHARE * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, (steps - i) / max(1, steps - warmup)))
+    warmup = max(1, round(WARMUP_SHARE * (steps - hold)))
+    falls = max(hold, warmup)  # the step after which the rate decays
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, 1.0, (steps - i) / max(1, steps - falls))
+    )
     return optimizer, schedule
 
 

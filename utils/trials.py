@@ -55,7 +55,7 @@ class Trial:
         seed = self.seed if seed is None else seed
         with self.within(self.model):
             log = train(self.model, self.task, self.profile, steps=steps, seed=seed, **options)
-        self.phases.append(Phase(steps, rate, options.get("train_embeddings", False), seed))
+        self.phases.append(Phase(steps, rate, options.get("train_embeddings", False), seed, options.get("hold", 0)))
         self.losses += log.losses
         self.seconds += log.seconds
         return log

@@ -1,13 +1,14 @@
 """Scope, order and defaults of pruning methods: what is cut, by which rule, with which data. Each test once had a mutant that lived."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from utils.bert import dense_weight, matrices
-from utils.pruning import densify, heads, hessian, layers, neurons
+from utils.pruning import densify, heads, hessian, layers
 from utils.pruning.iterative import agp_pruning
 from utils.pruning.magnitude import magnitude_masks
 from utils.pruning.masks import held_masks, hold_masks
@@ -16,55 +17,13 @@ from utils.training import cross_entropy
 OPTIMIZER = SimpleNamespace(param_groups=[{"lr": 0.1}])
 
 
-def grow_norms(model) -> None:
-    """Give neuron i of every layer a group whose size rises with i."""
-    with torch.no_grad():
-        for layer in model.bert.encoder.layer:
-            size = torch.arange(1, 65).float()
-            layer.intermediate.dense.weight.copy_(size[:, None] * 0.01)
-            layer.output.dense.weight.copy_(size[None, :] * 0.01)
-
-
-@pytest.mark.method("P-13a", "P-13b", "P-13c")
-@pytest.mark.parametrize("groups", neurons.GROUPS)
-def test_the_smallest_groups_go_after_the_penalty(tiny, groups):
-    grow_norms(tiny)
-    tiny.bert.encoder.layer[1].intermediate.dense.weight.data[:7] = 0
-    tiny.bert.encoder.layer[1].output.dense.weight.data[:, :7] = 0
-    keep, zeroed = neurons.neurons_after_prox(tiny, 0.25, groups)
-    assert zeroed == {0: 0, 1: 7}
-    for number in (0, 1):
-        assert keep[number].nonzero().flatten().tolist() == list(range(16, 64))
-
-
-@pytest.mark.method("P-13c")
-def test_of_two_separate_groups_the_smaller_one_counts(tiny):
-    grow_norms(tiny)
-    tiny.bert.encoder.layer[0].output.dense.weight.data[:, 63] = 0  # the largest neuron is cut off at its output
-    norms = neurons.group_norms(tiny, "separate")[0]
-    incoming = tiny.bert.encoder.layer[0].intermediate.dense.weight.norm(dim=1)
-    assert norms[63] == 0
-    torch.testing.assert_close(norms[:63], incoming[:63])
-
-
-@pytest.mark.method("P-13a", "P-13b")
-@pytest.mark.parametrize("prox", [neurons.prox_l21, neurons.prox_linf1])
-def test_a_proximal_step_uses_the_map_that_it_was_given_at_the_rate_of_the_optimiser(tiny, prox):
-    before = [layer.intermediate.dense.weight.detach().clone() for layer in tiny.bert.encoder.layer]
-    neurons.proximal_step(0.4, prox, "incoming")(1, tiny, OPTIMIZER)
-    for layer, old in zip(tiny.bert.encoder.layer, before, strict=True):
-        torch.testing.assert_close(layer.intermediate.dense.weight.detach(), prox(old, 0.1 * 0.4))
-        other = neurons.prox_linf1 if prox is neurons.prox_l21 else neurons.prox_l21
-        assert not torch.allclose(layer.intermediate.dense.weight.detach(), other(old, 0.1 * 0.4), atol=1e-4)
-
-
 @pytest.mark.method("P-11")
 def test_pruning_back_keeps_the_largest_active_weights(tiny):
     hold_masks(tiny, {m.name: torch.ones_like(m.weight, dtype=torch.bool) for m in matrices(tiny)})
     first = matrices(tiny)[0]
     with torch.no_grad():
         dense_weight(first).copy_(torch.arange(1.0, 1025.0).view(32, 32))
-    densify.prune_back(tiny, 0.75)
+    densify.prune_back(tiny, 0.75, {})
     assert held_masks(tiny)[first.name].flatten().nonzero().flatten().tolist() == list(range(768, 1024))
 
 
@@ -75,7 +34,8 @@ def test_growth_looks_at_all_batches_and_at_its_alpha(tiny, batch):
     def grown(batches: list[dict], alpha: float) -> dict:
         model = copy.deepcopy(tiny)
         hold_masks(model, magnitude_masks(model, 0.9))
-        densify.grow_and_prune(batches, 0.9, alpha=alpha, frequency=1, end=2)(1, model, OPTIMIZER)
+        score = partial(densify.dense_gradients, batches=batches)
+        densify.grow_and_prune(score, 0.9, alpha=alpha, frequency=1, end=2)(1, model, OPTIMIZER)
         return held_masks(model)
 
     def share(masks: dict) -> float:
@@ -141,13 +101,12 @@ def test_relevance_is_that_of_the_predicted_logit(tiny, batch):
         with torch.no_grad():
             model.classifier.bias.copy_(torch.tensor([50.0, 0.0]) if label == 0 else torch.tensor([0.0, 50.0]))
         found[label] = heads.head_relevance(model, [batch])
-        of_label = []
-        with heads.relevance_rules(model):
-            gradients, _ = heads.gate_gradients(
-                model, batch, *heads.open_gates(model), lambda logits, batch, label=label: logits[:, label]
-            )
-        of_label = torch.nn.functional.normalize(gradients, p=1, dim=-1).mean(0)
-        torch.testing.assert_close(found[label], of_label)
+        with heads.relevance_rules(model) as put_out:
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            relevance = torch.autograd.grad(logits[:, label].sum(), put_out)
+        for number, of_layer in enumerate(relevance):
+            of_heads = of_layer.unflatten(-1, (tiny.config.num_attention_heads, -1)).sum((1, 3))
+            torch.testing.assert_close(found[label][number], (of_heads / of_heads.sum(1, keepdim=True)).mean(0))
     assert not torch.allclose(found[0], found[1], atol=1e-3)
 
 

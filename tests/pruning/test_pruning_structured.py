@@ -1,21 +1,22 @@
-"""Neurons, heads and layers: every method against an oracle, on a tiny BERT."""
+"""Heads and layers: every method against an oracle, on a tiny BERT."""
 
 import copy
+import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
-from scipy import optimize
+from scipy import stats
 from torch import nn
-from torch.nn.utils import prune
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import prune_linear_layer
 
 from utils import bert, structure
-from utils.pruning import heads, layers, neurons
+from utils.pruning import heads, layers
 from utils.pruning.masks import hold_masks
 
 LAYERS, HEADS, SIZE, HIDDEN, NEURONS = 4, 4, 8, 32, 64
@@ -232,217 +233,6 @@ def test_surgery_refuses_held_masks():
         structure.remove_neurons(model, {0: torch.arange(3)})
 
 
-# --- neurons ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.method("P-12a")
-def test_activation_entropy_counts_tokens_one_by_one():
-    model, batches = tiny(), [make_batch(seed=0), make_batch(seed=1)]
-    scores = neurons.activation_entropy(model, batches)
-    on, tokens = np.zeros(NEURONS), 0
-    for batch in batches:
-        for row in range(3):  # each sentence alone and without padding
-            seen = neurons.gelu_inputs(model, one_sentence(batch, row))
-            on += (seen[2][0] > 0).sum(0).numpy()
-            tokens += len(seen[2][0])
-    p = on / tokens
-    with np.errstate(all="ignore"):
-        expected = -np.nan_to_num(p * np.log(p)) - np.nan_to_num((1 - p) * np.log(1 - p))
-    np.testing.assert_allclose(scores[2], expected, atol=1e-6)
-    assert min(s.min() for s in scores.values()) >= 0 and max(s.max() for s in scores.values()) <= math.log(2) + 1e-6
-
-
-@pytest.mark.method("P-12a")
-def test_a_neuron_that_never_changes_has_no_entropy():
-    model = tiny()
-    with torch.no_grad():
-        model.bert.encoder.layer[0].intermediate.dense.bias[:2] = torch.tensor([1e3, -1e3])
-    scores = neurons.activation_entropy(model, [make_batch()])
-    assert scores[0][:2].tolist() == [0, 0]
-    with pytest.raises(ValueError, match="no calibration batches"):
-        neurons.activation_entropy(model, [])
-
-
-@pytest.mark.method("P-12b", "P-12c")
-def test_norms_are_means_of_absolute_weights():
-    model = tiny()
-    layer = model.bert.encoder.layer[1]
-    for i in (0, 17):
-        outgoing, incoming = layer.output.dense.weight[:, i].tolist(), layer.intermediate.dense.weight[i].tolist()
-        assert neurons.onorm(model)[1][i] == pytest.approx(sum(map(abs, outgoing)) / HIDDEN)
-        assert neurons.inorm(model)[1][i] == pytest.approx(sum(map(abs, incoming)) / HIDDEN)
-
-
-@pytest.mark.method("P-12b", "P-12c")
-def test_norm_pruning_agrees_with_torch_ln_structured():
-    model = tiny()
-    layer = model.bert.encoder.layer[0]
-    ffn_in, ffn_out = copy.deepcopy(layer.intermediate.dense), copy.deepcopy(layer.output.dense)
-    prune.ln_structured(ffn_in, "weight", amount=16, n=1, dim=0)
-    prune.ln_structured(ffn_out, "weight", amount=16, n=1, dim=1)
-    assert torch.equal(neurons.neuron_keep(neurons.inorm(model), 0.25)[0], ffn_in.weight_mask[:, 0].bool())
-    assert torch.equal(neurons.neuron_keep(neurons.onorm(model), 0.25)[0], ffn_out.weight_mask[0].bool())
-
-
-@pytest.mark.method("P-12a", "P-12b", "P-12c")
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_neuron_keep_drops_the_exact_share(scope):
-    scores = {0: torch.arange(64.0), 1: 100 + torch.arange(64.0)}
-    keep = neurons.neuron_keep(scores, 0.25, scope)
-    assert sum(int((~mask).sum()) for mask in keep.values()) == 32
-    assert int((~keep[0]).sum()) == (16 if scope == "layer" else 32)
-    assert not keep[0][:16].any() and keep[0][32:].all()
-
-
-def test_neuron_keep_refuses():
-    for share in (-0.1, 1.0):
-        with pytest.raises(ValueError, match=r"\[0, 1\)"):
-            neurons.neuron_keep({0: torch.arange(4.0)}, share)
-    with pytest.raises(ValueError, match="'layer' or 'global'"):
-        neurons.neuron_keep({0: torch.arange(4.0)}, 0.5, "matrix")
-
-
-PENALTIES = {
-    neurons.prox_l21: lambda row: np.sqrt(np.square(row).sum()),
-    neurons.prox_linf1: lambda row: np.abs(row).max(),
-}
-
-
-@pytest.mark.method("P-13a", "P-13b")
-@pytest.mark.parametrize("prox", list(PENALTIES))
-@pytest.mark.parametrize("amount", [0.0, 0.3, 1.0, 5.0])
-def test_prox_minimises_its_objective(prox, amount):
-    rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ours = prox(rows, amount).numpy()
-    for row, found in zip(rows.numpy(), ours, strict=True):
-
-        def objective(v, row=row):
-            return 0.5 * np.square(v - row).sum() + amount * PENALTIES[prox](v)
-
-        starts = [row, row / 2, found, np.zeros(3)]
-        options = {"xatol": 1e-10, "fatol": 1e-14, "maxiter": 2000}
-        best = min((optimize.minimize(objective, s, method="Nelder-Mead", options=options) for s in starts), key=lambda r: r.fun)
-        assert objective(found) <= best.fun + 1e-9  # strongly convex: the values pin the argument, too
-        np.testing.assert_allclose(found, best.x, atol=2e-4)
-
-
-@pytest.mark.method("P-13b")
-def test_l1_projection_solves_its_constrained_problem():
-    rows = torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for row, found in zip(rows.numpy(), neurons.project_l1_ball(rows, 1.2).numpy(), strict=True):
-        # v = a - b with a, b >= 0 makes the ball a smooth constraint
-        solution = optimize.minimize(
-            lambda ab, row=row: np.square(ab[:4] - ab[4:] - row).sum(), np.zeros(8), bounds=[(0, None)] * 8, method="SLSQP",
-            constraints={"type": "ineq", "fun": lambda ab: 1.2 - ab.sum()}, options={"ftol": 1e-14},
-        )  # fmt: skip
-        np.testing.assert_allclose(found, solution.x[:4] - solution.x[4:], atol=1e-5)
-
-
-@pytest.mark.method("P-13a", "P-13b")
-def test_prox_zeroes_exactly_the_small_rows():
-    rows = torch.tensor([[0.3, 0.4], [3.0, 4.0], [0.0, 0.0]])
-    close(neurons.prox_l21(rows, 0.5), torch.tensor([[0.0, 0.0], [2.7, 3.6], [0.0, 0.0]]))
-    close(neurons.prox_linf1(rows, 0.8), torch.tensor([[0.0, 0.0], [3.0, 3.2], [0.0, 0.0]]))
-    assert (neurons.prox_l21(rows, 0.6)[0] == 0).all() and (neurons.prox_linf1(rows, 0.8)[0] == 0).all()
-    with pytest.raises(ValueError, match="0 or more"):
-        neurons.prox_l21(rows, -1.0)
-
-
-@pytest.mark.method("P-13c")
-@pytest.mark.parametrize("groups", neurons.GROUPS)
-def test_proximal_training_deletes_whole_neurons(groups):
-    model, batch = tiny(), make_batch()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    after_step = neurons.proximal_step(12.0, groups=groups)
-    for step in range(1, 11):
-        nn.functional.cross_entropy(model(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        after_step(step, model, optimizer)
-    keep, zeroed = neurons.neurons_after_prox(model, 0.25, groups)
-    assert 0 < sum(zeroed.values()) < LAYERS * NEURONS
-    assert all(int((~mask).sum()) == 16 for mask in keep.values())
-    before = logits(model, batch)
-    dead = {number: norm > 0 for number, norm in neurons.group_norms(model, groups).items()}
-    neurons.fold_constant_neurons(model)
-    close(logits(model, batch), before)
-    structure.remove_neurons(model, dead)  # what the penalty zeroed leaves without a trace
-    close(logits(model, batch), before)
-    assert model.bert.encoder.layer[0].intermediate.dense.out_features == NEURONS - zeroed[0]
-
-
-@pytest.mark.method("P-13c")
-def test_one_proximal_step_on_each_kind_of_group():
-    for groups in neurons.GROUPS:
-        layer = tiny().bert.encoder.layer[0]
-        w_in, w_out = layer.intermediate.dense.weight.detach().clone(), layer.output.dense.weight.detach().clone()
-        neurons.shrink_neurons(layer, neurons.prox_l21, 0.4, groups)
-        for i in (0, 40):
-            norm_in, norm_out = w_in[i].norm(), w_out[:, i].norm()
-            norm = torch.hypot(norm_in, norm_out) if groups == "coupled" else None
-            scale_in = 1 - 0.4 / (norm if groups == "coupled" else norm_in)
-            scale_out = 1 - 0.4 / (norm if groups == "coupled" else norm_out)
-            close(layer.intermediate.dense.weight[i], w_in[i] * (1 if groups == "outgoing" else scale_in))
-            close(layer.output.dense.weight[:, i], w_out[:, i] * (1 if groups == "incoming" else scale_out))
-    for bad in (lambda: neurons.proximal_step(-1.0), lambda: neurons.proximal_step(1.0, groups="rows")):
-        with pytest.raises(ValueError, match="must be"):
-            bad()
-
-
-def brute_force_merging(incoming: np.ndarray, outgoing: np.ndarray, count: int):
-    """All pairs, written as the equation says, recomputed from scratch at every step."""
-    alive, outgoing, picked = list(range(len(incoming))), outgoing.copy(), []
-    for _ in range(count):
-        pairs = itertools.permutations(alive, 2)
-        s, i, j = min((np.mean(outgoing[j] ** 2) * np.sum((incoming[i] - incoming[j]) ** 2), i, j) for i, j in pairs)
-        outgoing[i] += outgoing[j]
-        alive.remove(j)
-        picked.append(s)
-    return alive, outgoing[alive], picked
-
-
-@pytest.mark.method("P-14")
-def test_merging_equals_the_brute_force():
-    generator = torch.Generator().manual_seed(0)
-    incoming, outgoing = (torch.randn(14, d, generator=generator, dtype=torch.float64) for d in (5, 6))
-    outgoing[3] = 0  # a neuron nobody listens to goes first, at no cost
-    keep, merged, saliencies = neurons.merge_pairs(incoming, outgoing, 13)
-    alive, expected, picked = brute_force_merging(incoming.numpy(), outgoing.numpy(), 13)
-    assert keep.nonzero().flatten().tolist() == alive
-    np.testing.assert_allclose(merged[keep], expected)
-    np.testing.assert_allclose(saliencies, picked)
-    assert saliencies[0] == 0
-
-
-@pytest.mark.method("P-14")
-def test_a_duplicate_neuron_merges_without_a_trace():
-    model, batch = tiny(), make_batch()
-    with torch.no_grad():
-        for layer in model.bert.encoder.layer:
-            layer.intermediate.dense.weight[9] = layer.intermediate.dense.weight[40]
-            layer.intermediate.dense.bias[9] = layer.intermediate.dense.bias[40]
-    before = logits(model, batch)
-    saliencies = neurons.merge_neurons(model, 1)
-    close(logits(model, batch), before, 1e-6)
-    assert all(values == [0.0] for values in saliencies.values())
-    assert all(layer.output.dense.weight.shape == (HIDDEN, NEURONS - 1) for layer in model.bert.encoder.layer)
-
-
-@pytest.mark.method("P-14")
-def test_merging_minds_the_bias_and_its_bounds():
-    model, batch = tiny(), make_batch()
-    with torch.no_grad():  # the same weights, but biases far apart: no twins
-        ffn_in = model.bert.encoder.layer[0].intermediate.dense
-        ffn_in.weight[9], ffn_in.bias[9], ffn_in.bias[40] = ffn_in.weight[40].clone(), 50.0, -50.0
-    assert neurons.merge_neurons(copy.deepcopy(model), 1)[0][0] > 0
-    before = logits(model, batch)
-    neurons.merge_neurons(model, 0)
-    close(logits(model, batch), before, 0)
-    for count in (-1, NEURONS):
-        with pytest.raises(ValueError, match=r"0\.\.63"):
-            neurons.merge_neurons(model, count)
-
-
 # --- heads -----------------------------------------------------------------------------------------------------------
 
 
@@ -454,32 +244,76 @@ def zero_head(model: nn.Module, layer: int, head: int) -> nn.Module:
     return model
 
 
+def sentence_losses(model: nn.Module, batch: dict) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits(model, batch), batch["labels"], reduction="none")
+
+
 @pytest.mark.method("P-18")
 def test_single_head_ablation_equals_zeroed_columns():
-    model = tiny()
-    found = heads.single_head_ablation(model, closeness)
+    model, batches = tiny(), [make_batch(), make_batch(size=2, length=5, seed=1)]
+    found = heads.single_head_ablation(model, batches)
+    assert found.shape == (LAYERS, HEADS, 5)
+    whole = torch.cat([sentence_losses(model, batch) for batch in batches])
     for layer, head in itertools.product(range(LAYERS), range(HEADS)):
-        assert found[layer, head] == pytest.approx(closeness(zero_head(model, layer, head)), rel=1e-5)
-    assert closeness(model) == closeness(tiny())  # no gate is left behind
+        without = zero_head(model, layer, head)
+        close(found[layer, head], torch.cat([sentence_losses(without, batch) for batch in batches]) - whole)
+    assert found.abs().mean() > 1e-3
+    assert closeness(model) == closeness(tiny())  # no gate and no shortcut is left behind
+    with pytest.raises(ValueError, match="no calibration batches"):
+        heads.single_head_ablation(model, [])
 
 
 @pytest.mark.method("P-18")
 def test_only_one_head_equals_zeroed_columns():
-    model = tiny()
-    found = heads.only_one_head(model, closeness)
+    model, batch = tiny(), make_batch()
+    found = heads.only_one_head(model, [batch])
     for layer, head in ((0, 0), (2, 3)):
         expected = model
         for other in set(range(HEADS)) - {head}:
             expected = zero_head(expected, layer, other)
-        assert found[layer, head] == pytest.approx(closeness(expected), rel=1e-5)
+        close(found[layer, head], sentence_losses(expected, batch) - sentence_losses(model, batch))
+
+
+@pytest.mark.method("P-18")
+def test_a_resumed_encoder_runs_only_what_is_above():
+    model, batch = tiny(), make_batch()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+        expected, ran = logits(model, batch), []
+        handle = model.bert.encoder.layer[0].register_forward_hook(lambda *_: ran.append(0))
+        for number in range(LAYERS):
+            with heads.resumed(model, number, states[number]):
+                close(logits(model, batch), expected)
+        handle.remove()
+    assert len(ran) == 1 and len(model.bert.encoder.layer) == LAYERS
+    with pytest.raises(ZeroDivisionError), heads.resumed(model, 2, states[2]):
+        _ = 1 / 0
+    assert len(model.bert.encoder.layer) == LAYERS and not model.bert.encoder._forward_pre_hooks
+
+
+@pytest.mark.method("P-18")
+def test_bootstrap_p_agrees_with_student_and_sees_the_pairing():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(6, 400, generator=generator)
+    differences = noise - noise.mean(1, keepdim=True) + torch.tensor([0.0, 0.05, 0.1, 0.15, -0.1, 0.3])[:, None]
+    found = heads.bootstrap_p(differences, resamples=20_000)
+    student = stats.ttest_1samp(differences.numpy(), 0, axis=1).pvalue
+    np.testing.assert_allclose(found, student, atol=0.03)
+    assert found[0] > 0.9 and found[5] == pytest.approx(2 / 20_001)
+    assert torch.equal(heads.bootstrap_p(-differences), heads.bootstrap_p(differences))
+    assert heads.bootstrap_p(torch.full((2, 9), torch.nan)).isnan().all()
 
 
 def test_head_maps_cope_with_missing_heads():
     model = structurally_pruned()
-    found = heads.single_head_ablation(model, closeness)
-    assert found.isnan().sum(1).tolist() == [2, HEADS, 0]
+    found = heads.single_head_ablation(model, [make_batch()])
+    assert found.isnan().any(-1).sum(1).tolist() == [2, HEADS, 0]
+    assert torch.equal(found.isnan().any(-1), found.isnan().all(-1))
     importance = heads.head_importance(model, [make_batch()])
     assert (importance == 0).sum(1).tolist() == [2, HEADS, 0]
+    relevance = heads.head_relevance(model, [make_batch()])
+    assert (relevance == 0).sum(1).tolist() == [2, HEADS, 0]
 
 
 def numerical_importance(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -562,73 +396,81 @@ def test_iterative_head_pruning_stops_at_the_threshold():
         heads.head_importance(tiny(), [])
 
 
-def lrp_linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, relevance: np.ndarray, epsilon: float) -> np.ndarray:
-    """The epsilon rule as printed: R_i = sum_j x_i w_ji / (z_j + epsilon sign(z_j)) R_j, with z_j = sum_i w_ji x_i + b_j."""
-    z = weight @ x + bias
-    z = z + epsilon * np.sign(z)
-    return np.array([sum(x[i] * weight[j, i] / z[j] * relevance[j] for j in range(len(z))) for i in range(len(x))])
+def lrp_linear(x: np.ndarray, weight: np.ndarray, relevance: np.ndarray) -> np.ndarray:
+    """Bach et al. 2015, equation 60, with alpha = beta = 1/2, contribution by contribution; then the sum is restored."""
+    found = np.zeros_like(x)
+    for j, of_unit in enumerate(relevance):
+        z = weight[j] * x
+        for i in range(len(x)):
+            part = z[z > 0].sum() if z[i] > 0 else z[z < 0].sum()
+            found[i] += 0.5 * z[i] / part * of_unit if z[i] else 0
+    return found * relevance.sum() / found.sum()
 
 
 @pytest.mark.method("P-20a")
-def test_relevance_rules_equal_the_printed_epsilon_rule():
-    """Feed-forward block of a BERT, linear - GELU - linear: gradient times input against rule by rule."""
-    model = tiny()
-    layer = model.bert.encoder.layer[0]
-    x = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
-    layer.double()
-    with heads.relevance_rules(model):
-        y = layer.output.dense(layer.intermediate(x))
-    (gradient,) = torch.autograd.grad(y[5], x)
-    w1, b1 = layer.intermediate.dense.weight.detach().numpy(), layer.intermediate.dense.bias.detach().numpy()
-    w2, b2 = layer.output.dense.weight.detach().numpy(), layer.output.dense.bias.detach().numpy()
-    inputs = x.detach().numpy()
-    hidden = layer.intermediate(x).detach().numpy()
-    start = np.zeros(HIDDEN)
-    start[5] = y[5].item()
-    at_hidden = lrp_linear(hidden, w2, b2, start, 1e-12)  # GELU hands its relevance through
-    at_input = lrp_linear(inputs, w1, b1, at_hidden, 1e-12)
-    np.testing.assert_allclose((gradient * x).detach().numpy(), at_input, rtol=1e-6, atol=1e-9)
-    without_bias = lrp_linear(inputs, w1, 0 * b1, np.ones(NEURONS), 1e-12)
-    assert without_bias.sum() == pytest.approx(NEURONS)  # conservation: a layer without bias hands on everything
-    bias_share = sum(b2[5:6]) + sum(b1 * (at_hidden / (w1 @ inputs + b1)))
-    assert at_input.sum() + bias_share == pytest.approx(y[5].item())
+def test_relevance_of_a_linear_layer_is_the_printed_rule():
+    generator = torch.Generator().manual_seed(0)
+    linear, x = nn.Linear(5, 4).double(), torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(4, 5, generator=generator))
+        x[0, 0] = x[0, 0].abs() * linear.weight[2].sign()  # one unit has positive contributions only
+    relevance = torch.rand(2, 3, 4, generator=generator, dtype=torch.float64)
+    x.requires_grad_()
+    out = heads.relevance_linear(linear, x)
+    close(out.detach(), linear(x).detach(), 0)
+    (found,) = torch.autograd.grad(out, x, relevance)
+    for row, token in itertools.product(range(2), range(3)):
+        expected = lrp_linear(x[row, token].detach().numpy(), linear.weight.detach().numpy(), relevance[row, token].numpy())
+        np.testing.assert_allclose(found[row, token], expected, rtol=1e-6)
+    assert (found >= 0).all()
 
 
 @pytest.mark.method("P-20a")
-def test_relevance_is_conserved_through_the_whole_bert():
-    """R(embeddings) + R(all biases) = logit, and the rules change no output."""
-    model, batch = tiny().double(), make_batch(size=1)
+def test_relevance_of_a_residual_sum_and_of_attention_by_hand():
+    a, b = torch.tensor([[[2.0, -3.0, 1.0]]]), torch.tensor([[[2.0, 1.0, -1.0]]])
+    output = SimpleNamespace(dense=nn.Identity(), LayerNorm=nn.Identity())
+    a.requires_grad_(), b.requires_grad_()
+    out = heads.relevance_residual(output, a, b)
+    close(out.detach(), (a + b).detach(), 0)
+    of_a, of_b = torch.autograd.grad(out, (a, b), torch.tensor([[[4.0, 2.0, 2.0]]]))
+    # unit 0: both positive, (1, 1) of 4 with half lost; units 1, 2: one each, half of 2 for either; then 6 becomes 8 again
+    close(of_a, torch.tensor([[[1.0, 1.0, 1.0]]]) * 8 / 6)
+    close(of_b, torch.tensor([[[1.0, 1.0, 1.0]]]) * 8 / 6)
+    value, probabilities = torch.tensor([[[[1.0], [-2.0], [3.0]]]]), torch.tensor([[[[0.5, 0.2, 0.3]]]])
+    mixed = functools.partial(torch.matmul, probabilities)
+    found = heads.alpha_beta(torch.tensor([[[[1.0]]]]), value, mixed, heads.nothing)
+    close(found.flatten(), torch.tensor([0.5 * 0.5 / 1.4, 0.5, 0.5 * 0.9 / 1.4]))
+
+
+@pytest.mark.method("P-20a")
+def test_relevance_is_conserved_through_the_whole_bert_and_never_negative():
+    """One unit per sentence arrives whole at every layer's attention and at the embeddings; no output changes."""
+    model, batch = tiny().double(), make_batch()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     seen = []
-    embeddings = model.bert.embeddings
-    handle = embeddings.register_forward_hook(lambda module, args, output: seen.append(output))
-    with heads.relevance_rules(model):
-        out = model(batch["input_ids"], batch["attention_mask"]).logits
+    handle = model.bert.embeddings.register_forward_hook(lambda module, args, output: seen.append(output))
+    with heads.relevance_rules(model) as put_out:
+        out = model(**inputs).logits
     handle.remove()
     close(out.detach(), logits(model, batch), 1e-10)
-    biases = [p for name, p in model.named_parameters() if name.endswith("bias") and "embeddings" not in name]
-    gradients = torch.autograd.grad(out[0, 0], [seen[0], *biases], materialize_grads=True)
-    total = sum((g * value).sum() for g, value in zip(gradients, [seen[0], *biases], strict=True))
-    assert total.item() == pytest.approx(out[0, 0].item(), abs=1e-9)
+    found = torch.autograd.grad(out.amax(-1).sum(), [seen[0], *put_out])
+    assert min(relevance.min() for relevance in found) >= 0
+    close(found[0].sum((1, 2)), torch.ones(3, dtype=torch.float64), 1e-5)
+    assert (found[0][batch["attention_mask"] == 0] == 0).all()  # padding takes nothing
+    for relevance in found[1:]:  # the residual branch carries the rest past the heads
+        assert ((relevance.sum((1, 2)) > 0) & (relevance.sum((1, 2)) < 1)).all()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not model.bert.encoder.layer[0].attention.output.dense._forward_pre_hooks
 
 
 @pytest.mark.method("P-20a")
-def test_head_relevance_is_the_share_of_output_times_gradient():
-    model, batch = tiny(), make_batch(size=2)
-    shares = []
-    for row in range(2):
-        one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
-        seen = []
-        projection = model.bert.encoder.layer[2].attention.output.dense
-        handle = projection.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
-        with heads.relevance_rules(model):
-            top = model(one["input_ids"], one["attention_mask"]).logits.max()
-        handle.remove()
-        (gradient,) = torch.autograd.grad(top, seen[0])
-        relevance = (gradient * seen[0]).view(-1, HEADS, SIZE).sum((0, 2)).detach()
-        shares.append(relevance / relevance.abs().sum())
+def test_head_relevance_is_a_mean_of_shares_of_sentences():
+    model, batch = tiny(), make_batch()
     found = heads.head_relevance(model, [batch])
-    close(found[2], torch.stack(shares).mean(0))
-    assert found.abs().sum(1).max() <= 1 + 1e-5
+    alone = [heads.head_relevance(model, [{name: tensor[row : row + 1] for name, tensor in batch.items()}]) for row in range(3)]
+    close(found, torch.stack(alone).mean(0))
+    close(found.sum(1), torch.ones(LAYERS))
+    assert (found >= 0).all() and found.std() > 0.01
     with pytest.raises(ValueError, match="no calibration batches"):
         heads.head_relevance(model, [])
 
@@ -703,6 +545,32 @@ def test_l0_training_closes_gates_and_cuts_them():
 
 
 @pytest.mark.method("P-21")
+def test_a_gate_is_closed_from_one_point_on_and_open_from_its_negative():
+    assert pytest.approx(-2.3979, abs=1e-4) == heads.CLOSED
+    around = heads.CLOSED + torch.tensor([-0.01, 0.01])
+    assert (heads.hard_concrete(around, training=False) == 0).tolist() == [True, False]
+    assert (heads.hard_concrete(-around, training=False) == 1).tolist() == [True, False]
+    log_alpha = torch.tensor([[-9.0, -2.5, -2.3, 0.0], [1.0, 2.3, 2.5, 9.0]])
+    assert heads.gate_states(log_alpha) == {"closed": 2, "open": 2, "undecided": 4}
+    keep = torch.tensor([[False, False, False, True], [True, True, False, True]])
+    assert heads.really_closed(log_alpha, keep) == 0.5
+    assert heads.really_closed(log_alpha, heads.open_heads(log_alpha, 6)) == 1
+
+
+@pytest.mark.method("P-21")
+def test_the_penalty_rests_while_enough_gates_are_closed():
+    model, batch = tiny(), make_batch()
+    log_alpha = torch.full((LAYERS, HEADS), 1.0)
+    log_alpha[0] = -3.0
+
+    def value(enough: int | None, penalty: float = 0.1) -> float:
+        return heads.l0_loss(log_alpha, penalty, torch.Generator().manual_seed(0), enough)(model, batch).item()
+
+    assert value(4) == value(3) == value(None, 0.0)
+    assert value(5) == value(None) > value(4)
+
+
+@pytest.mark.method("P-21")
 def test_l0_penalty_is_lambda_times_expected_open_gates():
     model, batch = tiny(), make_batch()
     log_alpha = torch.linspace(-2, 3, 16).view(LAYERS, HEADS)
@@ -769,13 +637,16 @@ def test_layer_drop_runs_a_random_subset():
             subsets[keep] = logits(shrunk, batch)
     counts = np.zeros(LAYERS)
     model.train()
-    with layers.layer_drop(model, 0.3, torch.Generator().manual_seed(0)):
+    with layers.layer_drop(model, 0.3, torch.Generator().manual_seed(0)) as passes:
         for _ in range(200):
             out = logits(model, batch)
             (match,) = [keep for keep, expected in subsets.items() if torch.equal(out, expected)]
             counts[list(match)] += 1
+            assert passes[-1] == match
+        assert len(passes) == 200
         assert len(model.bert.encoder.layer) == LAYERS
         close(logits(model.eval(), batch), subsets[0, 1, 2, 3], 0)  # no dropping, no rescaling in evaluation
+        assert len(passes) == 200
     assert abs(counts / 200 - 0.7).max() < 4 * math.sqrt(0.3 * 0.7 / 200)
 
 
@@ -904,6 +775,9 @@ def test_learned_rates_find_the_harmful_layer():
         optimizer.zero_grad()
     keep, scores = layers.learned_layers(model, [batch], weight, 3)
     assert keep == [0, 1, 2]
+    rates = layers.keep_rates(scores.log(), 0.25)  # the softmax gives the rates back
+    close(rates, layers.keep_rates(layers.layer_scores(model, batch, weight).detach(), 0.25), 1e-4)
+    assert rates[3] == rates.min() and rates.max() - rates.min() > 0.1
     assert scores.sum().item() == pytest.approx(1) and scores.shape == (LAYERS,)
     with pytest.raises(ValueError, match="no calibration batches"):
         layers.learned_layers(model, [], weight, 3)

@@ -153,6 +153,23 @@ def test_binary_connect_at_test_time(weight):
     assert torch.equal(floating.train().quantize(weight), H * binary.sign(weight))
 
 
+@pytest.mark.method("Q-02b")
+def test_one_training_is_evaluated_by_signs_and_with_real_weights(tiny):
+    attach(tiny, lambda m: binary.BinaryConnect(binary.weight_bound(m.weight), stochastic=True))
+    latents = {
+        m.name: w.detach().clone()
+        for m, (w, _) in zip(matrices(tiny), binary.latent_weights(tiny, binary.BinaryConnect), strict=True)
+    }
+    bounds = {m.name: q.H for m, (_, q) in zip(matrices(tiny), binary.latent_weights(tiny, binary.BinaryConnect), strict=True)}
+    real = copy.deepcopy(tiny)
+    binary.evaluate_with(real, "float")
+    stored = {"signs": detach(tiny), "real": detach(real)}
+    for name, w in latents.items():
+        assert torch.equal(decode(stored["signs"][name]), bounds[name] * binary.sign(w))
+        assert torch.equal(decode(stored["real"][name]), w.clamp(-bounds[name], bounds[name]))
+    assert all(item.encoding == "dense" for item in stored["real"].values())
+
+
 @pytest.mark.method("Q-02a", "Q-02b")
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_the_hook_keeps_latent_weights_within_their_bound(stochastic, tiny, batch):
@@ -164,12 +181,43 @@ def test_the_hook_keeps_latent_weights_within_their_bound(stochastic, tiny, batc
 
 
 @pytest.mark.method("Q-02a")
-def test_learning_rates_are_divided_by_the_bound(tiny, batch):
-    attach(tiny, lambda m: binary.BinaryConnect(0.5), groups=("query",))
+@pytest.mark.parametrize("H", [0.02, 1.0])
+def test_a_step_is_the_same_share_of_the_way_to_a_flip_for_any_bound(H, tiny, batch):
+    attach(tiny, lambda m: binary.BinaryConnect(H), groups=("query", "ffn_in"))
     groups = binary.scaled_learning_rates(tiny, 1e-3)
-    assert [group["lr"] for group in groups] == [2e-3, 2e-3, 1e-3]
+    square, wide = math.sqrt(1.5 / 64), math.sqrt(1.5 / 96)  # the authors: steps 1 / glorot times as long on weights in [-1, 1]
+    assert [group["lr"] / H for group in groups[:-1]] == pytest.approx([1e-3 / square, 1e-3 / wide] * 2)
+    assert groups[-1]["lr"] == 1e-3
     assert sum(len(group["params"]) for group in groups) == len(list(tiny.parameters()))
     steps(tiny, batch, groups=groups)
+
+
+@pytest.mark.method("Q-02a", "Q-07")
+def test_latent_weights_move_by_the_scaled_rate(tiny, batch):
+    attach(tiny, lambda m: binary.BinaryConnect(0.05), groups=("query",))
+    (w, q), *_ = binary.latent_weights(tiny, binary.BinaryConnect)
+    before = w.detach().clone()
+    optimizer = torch.optim.AdamW(binary.scaled_learning_rates(tiny, 1e-3), lr=1.0, weight_decay=0)
+    loss_of(tiny, batch).backward()
+    optimizer.step()
+    assert (w - before).abs().median().item() == pytest.approx(1e-3 * 0.05 / math.sqrt(1.5 / 64), rel=0.02)
+
+
+@pytest.mark.method("Q-01", "Q-02a", "Q-03", "Q-04", "Q-07")
+@pytest.mark.parametrize("name", ["sign", "connect", "fixed-tuned", "flexible", "bwn", "lab"])
+def test_frozen_latent_weights_keep_their_codes_while_all_else_trains(name, tiny, batch):
+    attach(tiny, binary.frozen(lambda m: QUANTIZERS[name][0](m.weight)))
+    latents = binary.latent_weights(tiny, binary.Quantizer)
+    assert len(latents) == 12
+    codes = [q.encode(w).parts["codes"] for w, q in latents]
+    others = {n: p.detach().clone() for n, p in tiny.named_parameters() if not n.endswith("original") and "pooler" not in n}
+    steps(tiny.train(), batch, count=2)
+    assert all(torch.equal(q.encode(w).parts["codes"], c) for (w, q), c in zip(latents, codes, strict=True))
+    after = dict(tiny.named_parameters())
+    # a bias of the keys shifts all scores of a query alike, and the softmax takes no notice; token types and positions see few rows
+    still = [n for n, value in others.items() if torch.equal(after[n], value)]
+    assert not still, still
+    assert len(detach(tiny)) == 12
 
 
 @pytest.mark.method("Q-01", "Q-02a", "Q-07", "Q-08")
@@ -240,7 +288,7 @@ def test_flexible_levels_move_in_training(tiny, batch):
 
 
 @pytest.mark.method("Q-05")
-def test_powers_of_two_are_exact_and_nearest_in_the_exponent():
+def test_powers_of_two_are_the_one_below_or_the_one_above():
     x = torch.cat(
         [torch.randn(2000) * 10.0 ** torch.randint(-20, 20, (2000,)), torch.tensor([0.0, 1.0, -2.0, 1.41, 1.42, 1e38, 1e-37])]
     )
@@ -249,8 +297,19 @@ def test_powers_of_two_are_exact_and_nearest_in_the_exponent():
     assert (mantissa.abs() == 0.5).all() and torch.equal(p == 0, x == 0)
     live = x != 0
     assert torch.equal(p[live].sign(), x[live].sign())
-    assert torch.equal(p[live].abs().double().log2(), x[live].abs().double().log2().round())
+    exponent, below = p[live].abs().double().log2(), x[live].abs().double().log2().floor()
+    assert set((exponent - below).unique().tolist()) == {0, 1}
+    powers = 2.0 ** torch.arange(-20, 20)
+    assert torch.equal(binary.power_of_two(powers), powers)  # what is a power of two stays
     assert binary.power_of_two(torch.tensor([0.3], dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.method("Q-05")
+def test_the_mean_of_powers_of_two_is_the_number_itself():
+    x, draws = torch.linspace(-4, 4, 161), 4000
+    mean = torch.stack([binary.power_of_two(x) for _ in range(draws)]).mean(0)
+    step = 2.0 ** x.abs().clamp(min=1e-3).log2().floor()  # from the lower power to the upper: the largest deviation is half of it
+    assert ((mean - x).abs() <= 5 * 0.5 * step / math.sqrt(draws)).all()
 
 
 @pytest.mark.method("Q-05")
@@ -258,12 +317,15 @@ def test_powers_of_two_are_exact_and_nearest_in_the_exponent():
 def test_only_the_weight_gradient_uses_powers_of_two(shape):
     x = torch.randn(shape, requires_grad=True)
     weight, bias = torch.randn(4, 10, requires_grad=True), torch.randn(4, requires_grad=True)
+    torch.manual_seed(7)
+    p = binary.power_of_two(x.detach())
+    torch.manual_seed(7)
     y, expected = binary.PowerOfTwoLinear.apply(x, weight, bias), linear(x, weight, bias)
     dy = torch.randn(y.shape)
     dx, dW, db = torch.autograd.grad(y, (x, weight, bias), dy)
     for found, true in zip((y, dx, db), (expected, *torch.autograd.grad(expected, (x, bias), dy)), strict=True):
         assert torch.allclose(found, true, atol=1e-6)
-    true_dW = torch.autograd.grad(linear(binary.power_of_two(x.detach()), weight, bias), weight, dy)[0]
+    true_dW = torch.autograd.grad(linear(p, weight, bias), weight, dy)[0]
     assert torch.allclose(dW, true_dW, atol=1e-5)
 
 
@@ -381,6 +443,33 @@ def test_lab_reads_its_curvature_from_adam(tiny, batch):
     assert not any(name.endswith(".D") for name in tiny.state_dict())
     with pytest.raises(ValueError, match="Adam"):
         binary.track_curvature(1, untouched, torch.optim.AdamW(untouched.parameters()))
+
+
+@pytest.mark.method("Q-08")
+def test_the_curvature_spreads_only_where_the_hook_tracks_it(tiny, batch):
+    """What keeps the row of LAB from being one of BWN: without `track_curvature` this number is 1, and the board refuses the row."""
+    for hook, spread in ((None, 1.0), (binary.track_curvature, None)):
+        model, made = copy.deepcopy(tiny), []
+
+        def make(m, made=made):
+            made.append(binary.LAB(m.weight))
+            return made[-1]
+
+        attach(model, make)
+        steps(model, batch, hook)
+        found = binary.curvature_spread(made)
+        assert found == 1.0 if spread else found > 2.0
+        detach(model)
+        assert binary.curvature_spread(made) == found  # also when the model is burnt in
+
+
+@pytest.mark.method("Q-08", "Q-27")
+def test_the_spread_is_that_of_percentiles_in_the_median_matrix():
+    made = [binary.LAB(torch.ones(10, 101)) for _ in range(3)]
+    for quantizer, factor in zip(made, (1.0, 4.0, 50.0), strict=True):
+        quantizer.D.copy_(1 + (factor - 1) * torch.linspace(0, 1, 1010)[torch.randperm(1010)].view(10, 101))
+    high, low = np.quantile(np.linspace(1, 4, 1010), [0.9, 0.1])
+    assert binary.curvature_spread(made) == pytest.approx(high / low, rel=0.01)
 
 
 @pytest.mark.method("Q-01", "Q-07")

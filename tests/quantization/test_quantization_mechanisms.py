@@ -54,7 +54,7 @@ def test_every_linear_layer_of_a_bnn_sees_signs_and_sums_integers(tiny, batch):
 @pytest.mark.method("Q-15")
 def test_the_hybrid_is_ternary_in_every_layer(tiny, batch):
     hidden, maps = {}, {}
-    with torch.no_grad(), ternary.ternary_activations(tiny, stochastic=True):
+    with torch.no_grad(), ternary.ternary_activations(tiny, ternary.Slope(1.0, 1)):
         handles = []
         for number, layer in enumerate(tiny.bert.encoder.layer):
             handles.append(layer.output.dense.register_forward_pre_hook(lambda m, x, n=number: hidden.update({n: x[0]})))
@@ -152,7 +152,7 @@ def test_each_alternation_starts_from_the_scale_of_the_step_before(tiny, batch):
         before = quantizer.alpha.clone()
         loss_aware.update_curvature(step, tiny, optimizer)
         D = optimizer.state[latent]["exp_avg_sq"].sqrt() + 1e-8
-        expected, _ = loss_aware.loss_aware_levels(latent.detach(), D, quantizer.levels, before)
+        expected = loss_aware.loss_aware_scale(latent.detach(), D, quantizer.levels, before)
         assert torch.equal(quantizer.alpha, expected) and not torch.equal(quantizer.alpha, before)
 
 

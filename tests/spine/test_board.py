@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from utils import CompanionError, encodings
-from utils.baseline import dense_control
-from utils.board import Board, RowRefused, flatten
+from utils.baseline import Phase, dense_control
+from utils.board import Board, RowRefused, flatten, in_turn
 from utils.claims import Evidence, exact
 from utils.metrics import Estimate
 from utils.pruning.magnitude import magnitude_masks
@@ -98,6 +99,41 @@ def test_a_trained_row_is_held_against_the_dense_model_with_the_same_training(bo
     expected = board.points(trial, control)
     assert 100 * row.against_control["difference"] == pytest.approx(expected.value, abs=1e-3)
     assert board.put(control, "control", "dense, the same").against_control is None
+
+
+def test_the_control_holds_the_rate_as_long_and_equal_phases_are_said_once(board):
+    trial = board.trial(half, steps=4, hold=2)
+    row = board.put(trial, "P-07", "rate held", simulated=True)
+    assert trial.phases[0].hold == 2 and row.hyperparameters["hold"] == 2
+    control = dense_control(board.baseline, tuple(trial.phases), board.task, board.profile)
+    assert torch.equal(control, board.predict(board.trial(steps=4, hold=2)))
+    assert not torch.equal(control, board.predict(board.trial(steps=4)))
+    assert in_turn((Phase(3, 1e-4, False, 0), Phase(3, 1e-4, False, 1))) == ["2 times 3 steps at 0.0001"]
+
+
+def test_a_method_that_did_not_act_is_refused_except_in_smoke(board):
+    acted = {"gates_closed": (0, 1, None)}
+    assert board.put(board.trial(half), "P-21", "no gate", acted=acted).effect["bounds"] == {"gates_closed": [1, None]}
+    board.rows.pop()
+    board.profile, smoke = replace(board.profile, name="cpu"), board.profile
+    try:
+        with pytest.raises(RowRefused, match=r"did not act as its name says: gates_closed is 0, expected at least 1"):
+            board.put(board.trial(half), "P-21", "no gate", acted=acted)
+        with pytest.raises(RowRefused, match=r"zeroed is 0.7, expected between 0.4 and 0.5"):
+            board.put(board.trial(half), "P-13a", "too many", acted={"zeroed": (0.7, 0.4, 0.5)})
+        assert board.put(board.trial(half), "P-13a", "as many", acted={"zeroed": (0.5, 0.4, 0.5)}).effect["zeroed"] == 0.5
+    finally:
+        board.profile = smoke
+
+
+def test_choices_are_made_on_training_sentences_that_nobody_trains_on(board):
+    logits = board.predict(board.dense, board.task.selection)
+    loss = torch.nn.functional.cross_entropy(logits, board.task.selection.labels)
+    assert board.selection_loss(board.dense) == pytest.approx(loss.item())
+    assert board.selection_accuracy(board.dense) == pytest.approx(
+        100 * (logits.argmax(-1) == board.task.selection.labels).float().mean().item()
+    )
+    assert not set(board.selection.data["text"]) & set(board.task.validation.data["text"])
 
 
 def test_a_context_holds_while_everything_is_measured_and_for_the_reloaded_artifact(board):

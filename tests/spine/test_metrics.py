@@ -91,7 +91,7 @@ def test_evidence_is_judged_by_its_whole_interval(low, high, expected, verdict):
 
 def test_claims_need_three_seeds_and_are_not_tested_in_smoke():
     clear = Evidence("x", Estimate(1, 0.5, 1.5, 2), "above")
-    assert judge("C", "s", "here", "seed", [clear], "cpu").verdict == "inconclusive"
+    assert judge("C", "s", "here", "seed", [clear], "cpu").verdict == "not tested"
     assert judge("C", "s", "here", "example", [clear], "cpu").verdict == "supported"
     assert judge("C", "s", "here", "example", [clear], "smoke").verdict == "not tested"
     mixed = [clear, Evidence("y", exact(-1), "above")]
@@ -105,3 +105,17 @@ def test_claims_reject_unknown_units_and_missing_evidence():
         judge("C", "s", "here", "seed", [], "cpu")
     with pytest.raises(ValueError, match="'above' or 'below'"):
         Evidence("x", exact(1), "sideways").verdict()
+
+
+def test_evidence_that_varies_a_condition_may_disagree_and_a_departure_contradicts_nobody():
+    one, other = Evidence("2 bits", Estimate(1, 0.5, 1.5, 5), "above"), Evidence("8 bits", Estimate(-1, -1.5, -0.5, 5), "above")
+    assert judge("C", "s", "here", "seed", [one, other], "full", depends_on="bits").verdict == "depends"
+    assert judge("C", "s", "here", "seed", [other, other], "full", depends_on="bits").verdict == "contradicted"
+    assert judge("C", "s", "here", "seed", [other], "full", departs="no GPU").verdict == "not tested as stated"
+    supported = judge("C", "s", "here", "seed", [one], "full", departs="no GPU")
+    assert supported.verdict == "supported" and "no GPU" in supported.report()
+
+
+def test_a_claim_over_few_seeds_says_who_judges_it():
+    few = judge("C", "s", "here", "seed", [Evidence("x", Estimate(1, -math.inf, math.inf, 1), "above")], "cpu")
+    assert few.verdict == "not tested" and "profile `full`" in few.report()

@@ -12,6 +12,7 @@ import torch
 from utils import catalogue, notebooks, results
 from utils import run as runs
 from utils.board import flatten
+from utils.claims import VERDICTS
 
 DEVICE = os.environ.get("COMPANION_TEST_DEVICE", "cpu")
 ALONE = {"00_bert_baseline": ("2", "5"), "01_pruning": ("5", "8"), "02_quantization": ("3", "7")}
@@ -152,5 +153,5 @@ def test_the_committed_results_hold_too():
     for content in results.read_all(notebooks.NOTEBOOKS, "cpu"):
         for row in content["rows"]:
             check_row(row, content["baseline"])
-        assert all(claim["verdict"] in ("supported", "contradicted", "inconclusive") for claim in content["claims"])
+        assert all(claim["verdict"] in VERDICTS for claim in content["claims"])
         assert json.loads(json.dumps(content, allow_nan=False)) == content

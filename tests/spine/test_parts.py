@@ -116,7 +116,7 @@ def task_of(batch: dict) -> tasks.Task:
     class Tokenizer:
         pad_token_id = 0
 
-    return tasks.Task("made up", split, split, ["no", "yes"], Tokenizer(), "key")
+    return tasks.Task("made up", split, split, split, ["no", "yes"], Tokenizer(), "key")
 
 
 @pytest.mark.parametrize("change", [student, linear], ids=lambda change: change.__name__)

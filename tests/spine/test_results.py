@@ -252,6 +252,24 @@ def test_committed_verdicts_follow_from_their_evidence():
         for stored in found["claims"]:
             evidence = [{name: value for name, value in item.items() if name != "verdict"} for item in stored["evidence"]]
             claim = Claim.from_dict({**stored, "evidence": evidence})
-            again = judge(claim.id, claim.statement, claim.source, claim.unit, claim.evidence, found["profile"])
+            conditions = {"departs": claim.departs, "depends_on": claim.depends_on}
+            again = judge(claim.id, claim.statement, claim.source, claim.unit, claim.evidence, found["profile"], **conditions)
             assert again.verdict == stored["verdict"], f"{found['chapter']} {claim.id}"
             assert [item.verdict() for item in claim.evidence] == [item["verdict"] for item in stored["evidence"]]
+
+
+def test_committed_mechanism_numbers_are_inside_their_bounds():
+    for found in results.of_record(results.ROOT / "notebooks"):
+        for row in found["rows"]:
+            for name, (low, high) in row["effect"].get("bounds", {}).items():
+                value = row["effect"][name]
+                assert (low is None or value >= low) and (high is None or value <= high), f"{row['label']}: {name}"
+
+
+def test_the_verdict_of_record_comes_from_the_full_profile(tmp_path):
+    assert "no verdict of record" in results.verdict_of_record("01_pruning", "C7", tmp_path)
+    content = json.loads((results.ROOT / "notebooks/results/cpu/01_pruning.json").read_text())
+    content["claims"] = [{**content["claims"][0], "id": "C7", "verdict": "depends"}]
+    results.write(tmp_path / "results/full/01_pruning.json", content)
+    said = results.verdict_of_record("01_pruning", "C7", tmp_path)
+    assert said.endswith("DEPENDS") and content["provenance"]["device"] in said

@@ -204,9 +204,9 @@ def test_resume_compares_what_a_run_was_made_from(chapter, tmp_path):
     data.write_text("text,label\n\n")
     final, results = tmp_path / "one.ipynb", run.results_file(request, "one")
     woven = notebooks.weave("one")
-    assert not run.finished(final, results, run.make_stamp("one", request), woven)  # other data
+    assert not run.finished(final, results, run.make_stamp(request), woven)  # other data
     data.write_text("text,label\n")
-    stamp = run.make_stamp("one", request)
+    stamp = run.make_stamp(request)
     assert run.finished(final, results, stamp, woven)
     chapter.write_text(chapter.read_text().replace("## 2", "Told anew.\n\n## 2"))
     assert not run.finished(final, results, stamp, notebooks.weave("one"))  # another lesson
@@ -244,6 +244,25 @@ def test_the_source_is_what_is_computed(tmp_path):
     assert {path.stem for path in Path(run.__file__).parent.glob("*.py")} >= set(run.COMMAND_LINE)
 
 
+def test_a_section_depends_on_the_files_that_it_or_the_opening_imports(chapter, monkeypatch):
+    imports = "import utils.pruning.magnitude\nimport utils.cli"
+    chapter.write_text(lesson(in_2=imports))
+    woven = notebooks.weave("one")
+    before = run.section_keys(woven)
+    files = {path.name for path in run.imported([imports])}
+    assert {"magnitude.py", "masks.py", "bert.py", "catalogue.csv"} <= files and not {"cli.py", "heads.py", "run.py"} & files
+
+    def changed(name: str) -> set[str]:
+        with monkeypatch.context() as patch:
+            code = run.module_code
+            patch.setattr(run, "module_code", lambda path: code(path) + "x" * (path.name == name))
+            return {key for key, found in run.section_keys(woven).items() if found != before[key]}
+
+    assert changed("masks.py") == {"2"}  # imported by what the section imports
+    assert changed("heads.py") == set()
+    assert changed("catalogue.csv") == set(before)
+
+
 def test_content_of_folders_counts(tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
@@ -257,9 +276,13 @@ def test_content_of_folders_counts(tmp_path):
 
 @pytest.mark.parametrize("damaged", ["partial.ipynb", "rows.json"])
 def test_what_cannot_be_read_of_an_interrupted_run_counts_as_not_there(chapter, tmp_path, damaged):
-    stamp, folder = run.make_stamp("one", run.Request(tmp_path)), tmp_path / ".one"
+    stamp, folder = run.make_stamp(run.Request(tmp_path)), tmp_path / ".one"
     notebook = notebooks.weave("one")
-    notebook.metadata["companion"] |= {"stamp": stamp, "finished": ["opening", "1", "2", "3", "what-to-remember"]}
+    notebook.metadata["companion"] |= {
+        "stamp": stamp,
+        "section_keys": run.section_keys(notebook),
+        "finished": ["opening", "1", "2", "3", "what-to-remember"],
+    }
     folder.mkdir()
     nbformat.write(notebook, folder / "partial.ipynb")
     (folder / "rows.json").write_text(json.dumps(run.NO_ROWS))

@@ -25,11 +25,12 @@ def write(path, rows, header="text,label"):
 
 def test_embedded_split_is_fixed_stratified_and_disjoint(tokenizer):
     task = tasks.load("rotten_tomatoes", tokenizer, profiles.get("cpu"))
-    assert (len(task.train), len(task.validation)) == (6398, 2132)
+    assert (len(task.train), len(task.validation), len(task.selection)) == (5886, 2132, 512)
     assert task.validation.labels.float().mean().item() == pytest.approx(0.5, abs=0.001)
     assert task.key == tasks.load("rotten_tomatoes", tokenizer, profiles.get("cpu")).key
     rows = {t for t in task.train.data["text"]} & {t for t in task.validation.data["text"]}
-    assert len(rows) < 20  # the source itself repeats a few sentences; the split shares no row
+    chosen = [text for text in task.selection.data["text"] if text in set(task.train.data["text"])]
+    assert len(rows) < 20 and len(chosen) < 5  # the source itself repeats a few sentences; the split shares no row
 
 
 def test_batches_visit_every_example_once_and_pad_right(tokenizer):
@@ -63,14 +64,15 @@ def test_local_files_of_every_kind(tokenizer, tmp_path, suffix):
     else:
         frame.to_csv(path, sep="\t" if suffix == "tsv" else ",", index=False)
     task = tasks.load(str(path), tokenizer, SMOKE)
-    assert task.label_names == ["bad", "good"] and len(task.train) + len(task.validation) == 20
+    assert task.label_names == ["bad", "good"]
+    assert len(task.train) + len(task.validation) + len(task.selection) == 20 and len(task.selection) == 3
 
 
 def test_a_folder_with_train_and_validation(tokenizer, tmp_path):
     write(tmp_path / "train.csv", ["a,0", "b,1", "c,0"])
     write(tmp_path / "validation.csv", ["d,1"])
     task = tasks.load(str(tmp_path), tokenizer, SMOKE)
-    assert (len(task.train), len(task.validation)) == (3, 1)
+    assert (len(task.train), len(task.validation), len(task.selection)) == (3, 1, 3)  # too few to set any aside
 
 
 @pytest.mark.parametrize(
@@ -220,3 +222,23 @@ def test_any_bert_config_can_be_loaded_from_a_folder(tmp_path):
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     model = bert.load(str(tmp_path), num_labels=5)
     assert model.config.num_labels == 5 and len(bert.matrices(model)) == 18
+
+
+def rates(tiny, steps: int, hold: int = 0) -> list[float]:
+    optimizer, schedule = training.make_optimizer(tiny, steps, 1.0, hold=hold)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_the_rate_falls_after_the_last_change_as_far_as_without_one(tiny):
+    once, gradual = rates(tiny, 20), rates(tiny, 50, hold=30)
+    assert once[:2] == [0.5, 1.0] and once[-1] == pytest.approx(1 / 18)
+    assert gradual[2:30] == [1.0] * 28 and gradual[30] == 1.0
+    assert sum(gradual[30:]) == pytest.approx(sum(once), rel=0.05)  # equal training after the last change
+    for hold in (-1, 20):
+        with pytest.raises(ValueError, match=r"hold must be at least 0 and below steps \(20\)"):
+            training.make_optimizer(tiny, 20, 1.0, hold=hold)

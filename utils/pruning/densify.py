@@ -13,6 +13,7 @@ from utils.pruning.masks import Masks, Scores, check_sparsity, held_masks, hold_
 from utils.training import AfterStep, check_batches
 
 Train = Callable[[nn.Module], None]
+Score = Callable[[nn.Module], Scores]
 
 
 def dense_sparse_dense(
@@ -55,12 +56,14 @@ def grown_mask(mask: torch.Tensor, gradient: torch.Tensor, alpha: float) -> torc
     return mask | (gradient.abs() > percentile(gradient.abs(), alpha))
 
 
-def pruned_mask(mask: torch.Tensor, weight: torch.Tensor, beta: float) -> torch.Tensor:
+def pruned_mask(mask: torch.Tensor, weight: torch.Tensor, beta: float, spared: torch.Tensor | None = None) -> torch.Tensor:
     """Pruning: an active weight goes iff |w| is below the (100 * beta)-th percentile of |W|, dormant weights counted as lowest.
 
-    Dai et al. 2018, survey 2.1.4. Afterwards a share of beta is gone (more only where more was dormant already).
+    `spared` weights count as highest. Dai et al. 2018, survey 2.1.4. Afterwards a share of beta is gone (more only where more was
+    dormant already). All have the shape of the matrix.
     """
-    return mask & lowest(weight.detach().abs().masked_fill(~mask, -1), beta)
+    scores = weight.detach().abs().masked_fill(~mask, -1)
+    return mask & lowest(scores if spared is None else scores.masked_fill(spared, torch.inf), beta)
 
 
 def seed_masks(model: nn.Module, groups: tuple[str, ...]) -> Masks:
@@ -73,53 +76,63 @@ def seed_masks(model: nn.Module, groups: tuple[str, ...]) -> Masks:
 
 
 @torch.no_grad()
-def grow(model: nn.Module, gradients: Scores, alpha: float, growth_step: float = 0.0, groups: tuple[str, ...] = ENCODER) -> None:
-    """Wake dormant weights where the gradient is large, each at -growth_step * dL/dw: 0 starts it at zero."""
+def grow(model: nn.Module, scores: Scores, alpha: float, groups: tuple[str, ...] = ENCODER) -> Masks:
+    """Wake dormant weights, at zero, where the score (the gradient, or another) is large. Returns the woken ones.
+
+    Raises ValueError for a model that holds no masks on these groups.
+    """
+    masks, woken = seed_masks(model, groups), {}
+    for m in linear_matrices(model, groups):
+        mask = grown_mask(masks[m.name], scores[m.name], alpha)
+        woken[m.name] = mask & ~masks[m.name]
+        dense_weight(m)[woken[m.name]] = 0.0  # what lay under the mask is stale
+        hold_masks(model, {m.name: mask})
+    return woken
+
+
+def prune_back(model: nn.Module, beta: float, spared: Masks, groups: tuple[str, ...] = ENCODER) -> None:
+    """Prune the active weights of a model that holds masks; the `spared` ones stay (no entry: none of that matrix is)."""
     masks = seed_masks(model, groups)
     for m in linear_matrices(model, groups):
-        mask = grown_mask(masks[m.name], gradients[m.name], alpha)
-        woken = mask & ~masks[m.name]  # what lay under the mask is stale, and starts anew
-        dense_weight(m)[woken] = -growth_step * gradients[m.name][woken]
-        hold_masks(model, {m.name: mask})
+        hold_masks(model, {m.name: pruned_mask(masks[m.name], m.weight, beta, spared.get(m.name))})
 
 
-def prune_back(model: nn.Module, beta: float, groups: tuple[str, ...] = ENCODER) -> None:
-    """Prune the active weights of a model that holds masks."""
-    masks = seed_masks(model, groups)
-    hold_masks(model, {m.name: pruned_mask(masks[m.name], m.weight, beta) for m in linear_matrices(model, groups)})
+def random_scores(model: nn.Module, generator: torch.Generator, groups: tuple[str, ...] = ENCODER) -> Scores:
+    """The control of growth by gradient: weights wake by lot. Every call draws anew."""
+    return {m.name: torch.rand(m.weight.shape, generator=generator).to(m.weight.device) for m in linear_matrices(model, groups)}
+
+
+def exchanged(before: Masks, after: Masks) -> float:
+    """Share of the connections in `before` that are not in `after`."""
+    gone = sum(int((mask & ~after[name]).sum()) for name, mask in before.items())
+    return gone / sum(int(mask.sum()) for mask in before.values())
 
 
 def grow_and_prune(
-    batches: list[dict],
-    sparsity: float,
-    *,
-    alpha: float = 0.9,
-    frequency: int,
-    end: int,
-    growth_step: float = 0.0,
-    groups: tuple[str, ...] = ENCODER,
+    score: Score, sparsity: float, *, alpha: float, frequency: int, end: int, groups: tuple[str, ...] = ENCODER
 ) -> AfterStep:
     """Hook: starting from a sparse seed whose masks are held, grow and prune in turn, every `frequency` steps until `end`.
 
-    The gradient that decides what grows is accumulated over `batches` (the paper: over an epoch); training between growth and
-    pruning lets the woken weights show their worth. Each pruning, the last one at `end`, goes back to `sparsity` exactly (a seed
-    still sparser than that is left as it is). The paper prunes LSTM gates; these are BERT's linear layers. Dai, Yin, Jha 2018
-    (arXiv 1805.11797), survey 2.1.4. Raises ValueError for shares outside [0, 1), an empty list of batches, an `end` that is no
-    multiple of 2 * frequency, and (at the first growth) a model without masks.
+    `score(model)` decides what grows: the gradient of many batches (`dense_gradients`; the paper: of an epoch), or the lot. Each
+    pruning, the last one at `end`, goes back to `sparsity` exactly (a seed still sparser than that is left as it is). A woken
+    weight starts at zero, where any old one is larger after a few steps: it is spared at the first pruning after its birth, and
+    competes from then on. The paper prunes LSTM gates, with epochs between; these are BERT's linear layers. Dai, Yin, Jha 2018
+    (arXiv 1805.11797), survey 2.1.4. Raises ValueError for shares outside [0, 1), an `end` that is no multiple of
+    2 * frequency, and (at the first growth) a model without masks.
     """
-    check_batches(batches)
     check_sparsity(sparsity)
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must lie in [0, 1), got {alpha}")
     if frequency < 1 or end < 1 or end % (2 * frequency):
         raise ValueError(f"need frequency >= 1 and `end` a multiple of 2 * frequency, got frequency={frequency}, end={end}")
+    newborn: Masks = {}
 
     def after_step(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if step > end or step % frequency:
             return
         if (step // frequency) % 2:
-            grow(model, dense_gradients(model, batches, groups), alpha, growth_step, groups)
+            newborn.update(grow(model, score(model), alpha, groups))
         else:
-            prune_back(model, sparsity, groups)
+            prune_back(model, sparsity, newborn, groups)
 
     return after_step

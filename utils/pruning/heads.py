@@ -3,10 +3,12 @@
 Everything hangs on gates. A head's output z_h is multiplied by a gate xi_h before the output projection, a feed-forward
 block's output by a gate nu. Closed gates (0) are the model without that part, gradients with respect to gates are importance
 (P-19, P-24) or relevance (P-20), random gates with learned rates are L0 regularisation (P-21). `cut_closed` removes closed parts.
-Gates have shape (layers, heads) and (layers,), or with a leading batch dimension, one set per sentence.
+Gates have shape (layers, heads) and (layers,), or with a leading batch dimension, one set per sentence. Every choice here is
+made on sentences that the caller hands over; which ones, and whether the metric is a loss, is the caller's business.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,11 +18,14 @@ from torch import nn
 
 from utils import bert
 from utils.structure import remove_ffn, remove_heads
-from utils.training import Loss, check_batches, cross_entropy
+from utils.training import Loss, autocast, check_batches, cross_entropy
 
 Evaluate = Callable[[nn.Module], float]
 Objective = Callable[[torch.Tensor, dict], torch.Tensor]  # (logits, batch) -> one value per sentence
+LinearMap = Callable[[torch.Tensor], torch.Tensor]
 BETA, GAMMA, ZETA = 0.33, -0.1, 1.1  # temperature and stretch of the hard concrete distribution
+CLOSED = math.log(-GAMMA / ZETA)  # log_alpha at which the noiseless gate reaches exactly 0; at its negative it reaches 1
+POSITIVE, NEGATIVE, TINY = 0.5, 0.5, 1e-9  # alpha and beta of the relevance rule, and what keeps a quotient finite
 
 
 def head_counts(model: nn.Module) -> list[int]:
@@ -75,35 +80,94 @@ def cut_closed(model: nn.Module, heads: torch.Tensor, ffns: torch.Tensor | None 
         remove_ffn(model, number, keep_bias=False)
 
 
-def metric_per_head(model: nn.Module, evaluate: Evaluate, change: Callable[[torch.Tensor, int, int], None]) -> torch.Tensor:
-    """evaluate(model) once per head, (layers, heads), under gates that `change(gates, layer, head)` sets from all open."""
-    metrics = torch.full(open_gates(model)[0].shape, torch.nan)
-    for layer, count in enumerate(head_counts(model)):
-        for head in range(count):
-            gates, _ = open_gates(model)
-            change(gates, layer, head)
-            with head_gates(model, gates):
-                metrics[layer, head] = evaluate(model)
-    return metrics
+# --- P-18 one head at a time -----------------------------------------------------------------------------------------
 
 
-def single_head_ablation(model: nn.Module, evaluate: Evaluate) -> torch.Tensor:
-    """The metric with one head closed, for every head in turn: (layers, heads). Michel et al. 2019, survey 2.4."""
+@contextlib.contextmanager
+def resumed(model: nn.Module, number: int, states: torch.Tensor) -> Iterator[None]:
+    """Inside the block the encoder begins at layer `number` with these states (batch, length, hidden); earlier layers do not run."""
+    encoder = model.bert.encoder
+    layers = encoder.layer
+
+    def start(module: nn.Module, args: tuple) -> tuple:
+        return (states, *args[1:])
+
+    encoder.layer = nn.ModuleList(layers[number:])
+    try:
+        with encoder.register_forward_pre_hook(start):
+            yield
+    finally:
+        encoder.layer = layers
+
+
+@torch.no_grad()
+def losses_per_head(
+    model: nn.Module, batches: list[dict], change: Callable[[torch.Tensor, int, int], None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every sentence's cross-entropy under gates that `change(gates, layer, head)` sets from all open, once per head.
+
+    Returns them as (layers, heads, sentences), nan where a layer lacks the head, and those of the untouched model as
+    (sentences,), both on the CPU. What lies below the changed layer is computed once. Raises ValueError for no batches.
+    """
+    check_batches(batches)
+    changed, whole = [], []
+    for batch in batches:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with autocast(batch["input_ids"].device):
+            out = model.eval()(**inputs, output_hidden_states=True)
+            losses = torch.full((*open_gates(model)[0].shape, len(batch["labels"])), torch.nan)
+            for layer, count in enumerate(head_counts(model)):
+                for head in range(count):
+                    gates, _ = open_gates(model)
+                    change(gates, layer, head)
+                    with head_gates(model, gates), resumed(model, layer, out.hidden_states[layer]):
+                        losses[layer, head] = example_losses(model(**inputs).logits, batch).cpu()
+        changed.append(losses)
+        whole.append(example_losses(out.logits, batch).cpu())
+    return torch.cat(changed, -1), torch.cat(whole)
+
+
+def single_head_ablation(model: nn.Module, batches: list[dict]) -> torch.Tensor:
+    """What each sentence's loss gains when one head is closed, for every head: (layers, heads, sentences), in nats.
+
+    Michel et al. 2019, survey 2.4. Raises ValueError for no batches.
+    """
 
     def close(gates: torch.Tensor, layer: int, head: int) -> None:
         gates[layer, head] = 0
 
-    return metric_per_head(model, evaluate, close)
+    changed, whole = losses_per_head(model, batches, close)
+    return changed - whole
 
 
-def only_one_head(model: nn.Module, evaluate: Evaluate) -> torch.Tensor:
-    """The metric with one head left in its layer (other layers whole), for every head: (layers, heads). Michel et al. 2019."""
+def only_one_head(model: nn.Module, batches: list[dict]) -> torch.Tensor:
+    """What each sentence's loss gains when a layer keeps one head (others whole): (layers, heads, sentences), in nats.
+
+    Michel et al. 2019, survey 2.4. Raises ValueError for no batches.
+    """
 
     def leave(gates: torch.Tensor, layer: int, head: int) -> None:
         gates[layer] = 0
         gates[layer, head] = 1
 
-    return metric_per_head(model, evaluate, leave)
+    changed, whole = losses_per_head(model, batches, leave)
+    return changed - whole
+
+
+def bootstrap_p(differences: torch.Tensor, resamples: int = 2000, seed: int = 0) -> torch.Tensor:
+    """Two-sided p-value of "the mean difference is 0", sentences drawn again with replacement: (..., sentences) -> (...).
+
+    Michel et al. 2019 mark the heads whose removal matters at p < 0.01 in such a paired test. nan where a difference is nan.
+    """
+    n = differences.shape[-1]
+    drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
+    weights = torch.zeros(resamples, n).scatter_add_(1, drawn, torch.ones(resamples, n)) / n
+    means = differences.float() @ weights.T
+    below, above = ((side.sum(-1) + 1) / (resamples + 1) for side in (means <= 0, means >= 0))
+    return (2 * torch.minimum(below, above)).clamp(max=1).masked_fill(means.isnan().any(-1), torch.nan)
+
+
+# --- P-19, P-24 importance of heads and of feed-forward blocks -------------------------------------------------------
 
 
 def gate_gradients(
@@ -261,58 +325,141 @@ def matched_subnetwork(good: torch.Tensor, kind: str, seed: int = 0) -> torch.Te
     return chosen.view(good.shape).to(good.device)
 
 
-@contextlib.contextmanager
-def relevance_rules(model: nn.Module) -> Iterator[None]:
-    """Inside the block, gradient times input is layer-wise relevance: same outputs, another backward pass.
+# --- P-20a relevance -------------------------------------------------------------------------------------------------
 
-    Linear layers and residual sums: relevance in proportion to each contribution w_ji x_i (the epsilon rule, epsilon -> 0).
-    Attention probabilities and LayerNorm's 1 / sigma are constants; GELU and tanh scale by the constant f(x) / x. The
-    network is then linear in its inputs and biases together, so R(embeddings) + R(biases) = logit: biases take theirs out.
+
+def alpha_beta(relevance: torch.Tensor, x: torch.Tensor, positive: LinearMap, negative: LinearMap) -> torch.Tensor:
+    """Relevance of the inputs of z = positive(x) + negative(x), two maps with weights >= 0 and <= 0; its shape is that of x.
+
+    R_i = sum_j (alpha z_ij^+ / sum_i z_ij^+ + beta z_ij^- / sum_i z_ij^-) R_j with z_ij = w_ji x_i and alpha = beta = 1/2, so
+    R >= 0 stays. Where z_j has contributions of one sign only, half of R_j would be lost: as in the authors' code the sum is
+    restored, per token (per head in attention). Bach et al. 2015, equation 60, as used by Voita et al. 2019; survey 2.4.
     """
-    with contextlib.ExitStack() as hooks:
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
-                hooks.enter_context(module.register_forward_hook(constant_scale))
+    with torch.enable_grad():
+        up, down = x.detach().clamp(min=0).requires_grad_(), x.detach().clamp(max=0).requires_grad_()
+        z = positive(up) + negative(down), positive(down) + negative(up)
+    per_unit = POSITIVE * relevance / (z[0].detach() + TINY), NEGATIVE * relevance / (z[1].detach() - TINY)
+    of_up, of_down = torch.autograd.grad(z, (up, down), per_unit)
+    found = (of_up * up + of_down * down).detach()
+    kept = min(2, relevance.dim() - 1)  # (batch, length, ...) or (batch, heads, ...), and (batch, ...) behind the pooler
+    share = relevance.flatten(kept).sum(-1) / (found.flatten(kept).sum(-1) + TINY)
+    return found * share.view(*share.shape, *[1] * (found.dim() - kept))
+
+
+class Rule(torch.autograd.Function):
+    """Whatever runs forward as `output`, with `backward(relevance)` in place of its gradient; gradients then are relevance."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, run: Callable, backward: Callable) -> torch.Tensor:
+        """run(x), of any shape."""
+        ctx.rule = backward
+        return run(x)
+
+    @staticmethod
+    def backward(ctx, relevance: torch.Tensor) -> tuple:
+        """Relevance of x, in its shape."""
+        return ctx.rule(relevance), None, None
+
+
+def nothing(x: torch.Tensor) -> torch.Tensor:
+    """The map whose weights are all 0, for sums and means, which have no negative weights."""
+    return 0 * x.sum()
+
+
+def relevance_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer under the rule; its bias takes no relevance."""
+    positive, negative = (functools.partial(nn.functional.linear, weight=side) for side in
+                          (linear.weight.detach().clamp(min=0), linear.weight.detach().clamp(max=0)))  # fmt: skip
+    run = functools.partial(nn.functional.linear, weight=linear.weight, bias=linear.bias)
+    return Rule.apply(x, run, lambda relevance: alpha_beta(relevance, x, positive, negative))
+
+
+def relevance_through(function: Callable, x: torch.Tensor) -> torch.Tensor:
+    """GELU, tanh and LayerNorm hand every unit's relevance on as it is."""
+    return Rule.apply(x, function, lambda relevance: relevance)
+
+
+def relevance_residual(output: nn.Module, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
+    """`BertSelfOutput` and `BertOutput`: the residual sum shares relevance out between its two terms, unit by unit."""
+    terms = torch.stack([output.dense(hidden_states), input_tensor], -1)
+    total = Rule.apply(terms, lambda t: t.sum(-1), lambda relevance: alpha_beta(relevance, terms, lambda t: t.sum(-1), nothing))
+    return output.LayerNorm(total)
+
+
+def relevance_attention(module: nn.Module, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **options):
+    """`BertSelfAttention` with its attention probabilities held constant: relevance flows to the values only."""
+    shape = (*hidden_states.shape[:2], module.num_attention_heads, module.attention_head_size)
+    query, key, value = (part(hidden_states).view(shape).transpose(1, 2) for part in (module.query, module.key, module.value))
+    scores = query @ key.transpose(2, 3) * module.scaling
+    probabilities = (scores if attention_mask is None else scores + attention_mask).softmax(-1).detach()
+    mix = functools.partial(torch.matmul, probabilities)
+    z = Rule.apply(value, mix, lambda relevance: alpha_beta(relevance, value, mix, nothing))
+    return z.transpose(1, 2).flatten(2), probabilities
+
+
+@contextlib.contextmanager
+def relevance_rules(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Inside the block gradients are relevance, and outputs are what they were; yields what the heads put out.
+
+    The list gets a tensor (batch, length, heads * size) per layer in each forward pass: relevance with respect to it is that
+    of the heads. Differences from Voita et al. 2019: attention probabilities are constants (an option of theirs), biases
+    take no relevance (they spread them evenly over the inputs), and LayerNorm hands it on (they share it out).
+    """
+    put_out, changed = [], []
+
+    def replace(module: nn.Module, forward: Callable) -> None:
+        module.forward = forward
+        changed.append(module)
+
+    def heads(module: nn.Module, args: tuple) -> None:
+        put_out.append(args[0])
+
+    linears = [model.bert.pooler.dense, model.classifier]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bert.attention(model, "eager"))
+        stack.callback(lambda: [module.__dict__.pop("forward") for module in changed])
         for layer in model.bert.encoder.layer:
-            hooks.enter_context(layer.attention.self.query.register_forward_hook(constant))
-            hooks.enter_context(layer.attention.self.key.register_forward_hook(constant))
-            hooks.enter_context(layer.intermediate.intermediate_act_fn.register_forward_hook(constant_ratio))
-        hooks.enter_context(model.bert.pooler.activation.register_forward_hook(constant_ratio))
-        yield
-
-
-def constant(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    """No relevance flows back through this output."""
-    return output.detach()
-
-
-def constant_ratio(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    """f(x) = x * (f(x) / x), the ratio held constant."""
-    x = args[0]
-    return x * torch.where(x == 0, 0, output / x).detach()
-
-
-def constant_scale(norm: nn.LayerNorm, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    """LayerNorm with 1 / sigma held constant; centring is linear and stays."""
-    x = args[0]
-    scale = (x.var(-1, unbiased=False, keepdim=True) + norm.eps).rsqrt().detach()
-    return (x - x.mean(-1, keepdim=True)) * scale * norm.weight + norm.bias
+            attention = layer.attention
+            linears += [attention.self.value, attention.output.dense, layer.intermediate.dense, layer.output.dense]
+            if attention.self.num_attention_heads:
+                replace(attention.self, functools.partial(relevance_attention, attention.self))
+            for output in (attention.output, layer.output):
+                replace(output, functools.partial(relevance_residual, output))
+                replace(output.LayerNorm, functools.partial(relevance_through, output.LayerNorm.forward))
+            stack.enter_context(attention.output.dense.register_forward_pre_hook(heads))
+        activations = {layer.intermediate.intermediate_act_fn for layer in model.bert.encoder.layer} | {
+            model.bert.pooler.activation
+        }
+        for activation in activations:
+            replace(activation, functools.partial(relevance_through, activation.forward))
+        for linear in linears:
+            replace(linear, functools.partial(relevance_linear, linear))
+        yield put_out
 
 
 def head_relevance(model: nn.Module, batches: list[dict]) -> torch.Tensor:
-    """Mean share of each head in its layer's relevance for the predicted logit: (layers, heads).
+    """Mean share of each head in its layer's relevance for the predicted logit: (layers, heads), 0 or more, rows sum to 1.
 
-    R_h = sum over tokens and units of z_h * dlogit/dz_h under `relevance_rules`, which is dlogit/dxi_h at xi_h = 1; per
-    sentence divided by the layer's sum of |R|. Voita et al. 2019 (arXiv 1905.09418) with the rules of Ding et al. 2017 (they
-    let relevance through the softmax, too), survey 2.4. Raises ValueError for no batches.
+    One unit of relevance starts at the largest logit of each sentence. R is never negative, so nothing cancels between
+    units, tokens or sentences. Voita et al. 2019 (arXiv 1905.09418), after Ding et al. 2017; survey 2.4. Raises ValueError
+    for no batches.
     """
     check_batches(batches)
-    relevance = []
+    counts, shares = head_counts(model), []
     for batch in batches:
-        with relevance_rules(model):
-            of_heads, _ = gate_gradients(model, batch, *open_gates(model), lambda logits, batch: logits.amax(-1))
-        relevance.append(nn.functional.normalize(of_heads, p=1, dim=-1))  # (batch, layers, heads)
-    return torch.cat(relevance).mean(0)
+        with relevance_rules(model) as put_out:
+            logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            found = torch.autograd.grad(logits.amax(-1).sum(), put_out)
+        share = logits.new_zeros(len(logits), len(counts), max(counts))
+        for number, (relevance, count) in enumerate(zip(found, counts, strict=True)):
+            if count:
+                of_heads = relevance.unflatten(-1, (count, -1)).abs().sum((1, 3))  # (batch, heads)
+                share[:, number, :count] = nn.functional.normalize(of_heads, p=1, dim=-1)
+        shares.append(share.detach())
+    return torch.cat(shares).mean(0)
+
+
+# --- P-20b confidence ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -338,6 +485,9 @@ def head_confidence(model: nn.Module, batches: list[dict], excluded_ids: tuple[i
     return total / tokens
 
 
+# --- P-21 learned gates ----------------------------------------------------------------------------------------------
+
+
 def hard_concrete(log_alpha: torch.Tensor, training: bool = True, generator: torch.Generator | None = None) -> torch.Tensor:
     """Gates in [0, 1] that are 0 or 1 with positive probability, yet have a gradient in log_alpha; its shape.
 
@@ -356,12 +506,25 @@ def open_probability(log_alpha: torch.Tensor) -> torch.Tensor:
     return (log_alpha - BETA * math.log(-GAMMA / ZETA)).sigmoid()
 
 
-def l0_loss(log_alpha: torch.Tensor, penalty: float, generator: torch.Generator | None = None) -> Loss:
-    """The loss L(g) + penalty * sum_h P(g_h != 0), one sample of the gates per batch. `log_alpha` is (layers, heads)."""
+def gate_states(log_alpha: torch.Tensor) -> dict[str, int]:
+    """How many noiseless gates are exactly 0 (`closed`), exactly 1 (`open`), and in between (`undecided`)."""
+    gates = hard_concrete(log_alpha.detach(), training=False)
+    closed, opened = int((gates == 0).sum()), int((gates == 1).sum())
+    return {"closed": closed, "open": opened, "undecided": gates.numel() - closed - opened}
+
+
+def l0_loss(log_alpha: torch.Tensor, penalty: float, generator: torch.Generator | None = None, enough: int | None = None) -> Loss:
+    """The loss L(g) + penalty * sum_h P(g_h != 0), one sample of the gates per batch. `log_alpha` is (layers, heads).
+
+    Voita et al. 2019 take as many heads as the penalty leaves, and try several. With `enough` the penalty rests while that
+    many gates are closed, so that the number is known beforehand. Survey 2.4.
+    """
 
     def loss(model: nn.Module, batch: dict) -> torch.Tensor:
         with head_gates(model, hard_concrete(log_alpha, generator=generator)):
             task_loss = cross_entropy(model, batch)
+        if enough is not None and gate_states(log_alpha)["closed"] >= enough:
+            return task_loss
         return task_loss + penalty * open_probability(log_alpha).sum()
 
     return loss
@@ -385,3 +548,9 @@ def open_heads(log_alpha: torch.Tensor, num_keep: int | None = None) -> torch.Te
     if not 0 <= num_keep <= log_alpha.numel():
         raise ValueError(f"num_keep must lie in 0..{log_alpha.numel()}, got {num_keep}")
     return close_lowest(torch.ones_like(log_alpha, dtype=torch.bool), log_alpha.detach(), log_alpha.numel() - num_keep)
+
+
+def really_closed(log_alpha: torch.Tensor, keep: torch.Tensor) -> float:
+    """The share of the heads that `keep` (layers, heads) cuts whose gate training had closed for good; nan where none is cut."""
+    cut = log_alpha.detach()[~keep]
+    return (cut <= CLOSED).float().mean().item()

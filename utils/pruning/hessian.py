@@ -121,8 +121,9 @@ def obd_masks(
 ) -> Masks:
     """One round of Optimal Brain Damage: the `sparsity` share of smallest saliency goes, ranked over the whole network.
 
-    The paper deletes, retrains and repeats: give `obd_scores` to `utils.pruning.iterative.iterative_pruning` for that.
-    LeCun et al. 1990, survey 2.1.1. Raises ValueError for a sparsity outside [0, 1) and an empty list of batches.
+    `scope` is `matrix` to rank inside each matrix, as magnitude pruning does by default. The paper deletes, retrains and repeats:
+    give `obd_scores` to `utils.pruning.iterative.iterative_pruning` for that. LeCun et al. 1990, survey 2.1.1. Raises ValueError
+    for a sparsity outside [0, 1) and an empty list of batches.
     """
     check_sparsity(sparsity)
     return masks_from_scores(obd_scores(model, batches, groups, damping), sparsity, scope)

@@ -1,10 +1,11 @@
 """Survey section 2.1.3: magnitude pruning in many small steps, with training in between.
 
-Two ways to write it. A driver (`iterative_pruning`) alternates pruning with a `retrain` function of the caller's. A hook goes
-into one training run as `utils.training.train(..., after_step=hook)` and prunes as the steps go by.
+Every method here is a hook of one training run, `utils.training.train(..., after_step=hook)`: it prunes as the steps go by. One
+run has one optimiser, one learning rate and one order of batches, so that schedules differ in nothing but when they prune.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,7 +13,6 @@ from torch import nn
 
 from utils.bert import ENCODER, dense_weight, matrices
 from utils.pruning.masks import (
-    Masks,
     Scores,
     apply_masks,
     check_sparsity,
@@ -24,7 +24,6 @@ from utils.pruning.masks import (
 )
 from utils.training import AfterStep
 
-Retrain = Callable[[nn.Module, int], None]
 Score = Callable[[nn.Module], Scores]
 
 
@@ -49,43 +48,60 @@ def round_targets(x: float, y: float, rounds: int) -> list[float]:
     return [x] * (x > 0) + [x + (y - x) * t / rounds for t in range(1, rounds)] + [y]
 
 
-def iterative_pruning(
-    model: nn.Module, targets: Sequence[float], retrain: Retrain, score: Score, scope: str = "matrix", frozen: bool = True
-) -> Masks:
-    """Per target: score the weights, prune the lowest up to the target, `retrain(model, round)`. Returns the final masks.
+def prune_on_schedule(
+    sparsity_at: Callable[[int], float],
+    steps: Sequence[int],
+    score: Score = magnitudes,
+    scope: str = "matrix",
+    frozen: bool = True,
+) -> AfterStep:
+    """Hook: at each of the given (rising) steps the lowest `score(model)` go, until `sparsity_at(step)` of the weights is gone.
 
-    `frozen` holds a removed weight at zero for good. Otherwise it is zeroed once and left to its gradient, so it may come back
-    and be kept by a later round; the last round is frozen in any case, for its retraining would fill the zeros again. Raises
-    ValueError for targets that are missing, falling, or outside [0, 1).
+    `frozen` holds a removed weight at zero for good. Otherwise it is zeroed once and left to its gradient, so that it may come
+    back and be kept the next time; the last pruning is frozen in any case, or the training after it would fill the zeros.
+    """
+    last = steps[-1]
+
+    def after_step(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if step in steps:
+            masks = masks_from_scores(removed_first(model, score(model)), sparsity_at(step), scope)
+            prune = hold_masks if frozen or step == last else apply_masks
+            prune(model, masks)
+
+    return after_step
+
+
+def iterative_pruning(
+    targets: Sequence[float], steps: Sequence[int], score: Score, scope: str = "matrix", frozen: bool = True
+) -> AfterStep:
+    """Hook: at `steps[t]`, prune the lowest scores up to `targets[t]`; training goes on between the rounds.
+
+    Optimal Brain Damage goes in such rounds, with `utils.pruning.hessian.obd_scores`. `frozen` as in `prune_on_schedule`. Raises
+    ValueError for targets that are missing, falling or outside [0, 1), and for steps that are not as many, rising and 0 or more.
     """
     if not targets or list(targets) != sorted(targets):
         raise ValueError(f"targets must be one or more rising sparsities in [0, 1), got {list(targets)}")
     for target in targets:
         check_sparsity(target)
-    for number, target in enumerate(targets):
-        masks = masks_from_scores(removed_first(model, score(model)), target, scope)
-        if frozen or number == len(targets) - 1:
-            hold_masks(model, masks)
-        else:
-            apply_masks(model, masks)
-        retrain(model, number)
-    return masks
+    if len(steps) != len(targets) or list(steps) != sorted(set(steps)) or steps[0] < 0:
+        raise ValueError(f"every one of the {len(targets)} targets needs a later step than the last one, got {list(steps)}")
+    by_step = dict(zip(steps, targets, strict=True))
+    return prune_on_schedule(by_step.__getitem__, steps, score, scope, frozen)
 
 
 def iterative_magnitude(
-    model: nn.Module,
     targets: Sequence[float],
-    retrain: Retrain,
+    steps: Sequence[int],
     groups: tuple[str, ...] = ENCODER,
     scope: str = "matrix",
     frozen: bool = True,
-) -> Masks:
-    """Prune the smallest |w|, retrain, prune further: Han, Pool, Tran, Dally 2015 (arXiv 1506.02626), survey 2.1.3.
+) -> AfterStep:
+    """Hook: prune the smallest |w|, retrain, prune further: Han, Pool, Tran, Dally 2015 (arXiv 1506.02626), survey 2.1.3.
 
-    `scope` is `matrix` (every class loses the same share) or `global` (one sort). With one target it is one-shot pruning.
-    Leaves the masks held and returns them. Errors as in `iterative_pruning`.
+    `scope` is `matrix` (every class loses the same share) or `global` (one sort). With one target it is one-shot pruning at that
+    step. Errors as in `iterative_pruning`.
     """
-    return iterative_pruning(model, targets, retrain, partial(magnitudes, groups=groups), scope, frozen)
+    return iterative_pruning(targets, steps, partial(magnitudes, groups=groups), scope, frozen)
 
 
 def pruning_steps(start: int, end: int, frequency: int) -> list[int]:
@@ -93,18 +109,6 @@ def pruning_steps(start: int, end: int, frequency: int) -> list[int]:
     if not 0 <= start <= end or frequency < 1:
         raise ValueError(f"need 0 <= start <= end and frequency >= 1, got start={start}, end={end}, frequency={frequency}")
     return [*range(start, end, frequency), end]
-
-
-def prune_on_schedule(
-    sparsity_at: Callable[[int], float], steps: Sequence[int], groups: tuple[str, ...] = ENCODER, scope: str = "matrix"
-) -> AfterStep:
-    """Hook: at each of the given steps, prune by magnitude to `sparsity_at(step)` and hold the masks. What is gone stays gone."""
-
-    def after_step(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if step in steps:
-            hold_masks(model, masks_from_scores(removed_first(model, magnitudes(model, groups)), sparsity_at(step), scope))
-
-    return after_step
 
 
 def cubic_sparsity(step: int, *, start: int, end: int, initial: float = 0.0, final: float) -> float:
@@ -127,7 +131,7 @@ def agp_pruning(
     if start >= end or not 0 <= initial <= sparsity:
         raise ValueError(f"need start < end and 0 <= initial <= sparsity, got {start}, {end} and {initial}, {sparsity}")
     schedule = partial(cubic_sparsity, start=start, end=end, initial=initial, final=sparsity)
-    return prune_on_schedule(schedule, pruning_steps(start, end, frequency), groups)
+    return prune_on_schedule(schedule, pruning_steps(start, end, frequency), partial(magnitudes, groups=groups))
 
 
 def staircase_sparsity(step: int, *, interval: int, first: float, final: float, times: int = 9) -> float:
@@ -149,7 +153,8 @@ def transformers_zip_pruning(
         raise ValueError(f"need 0 <= first <= final and 1 <= times < end, got {first}, {final} and times={times}, end={end}")
     interval = end // (times + 1) or 1
     schedule = partial(staircase_sparsity, interval=interval, first=first, final=final, times=times)
-    hook = prune_on_schedule(schedule, range(0, times * interval + 1, interval), groups)
+    steps = range(0, times * interval + 1, interval)
+    hook = prune_on_schedule(schedule, steps, partial(magnitudes, groups=groups))
     hook(0, model, None)
     return hook
 
@@ -256,42 +261,76 @@ def adam_learning_rate(optimizer: torch.optim.Optimizer, parameter: nn.Parameter
     return group["lr"] / (v_hat.sqrt() + group["eps"])
 
 
-def reweighted_proximal(
-    gamma: float, *, epsilon: float = 1e-3, reweight_every: int = 10, groups: tuple[str, ...] = ENCODER, adaptive: bool = True
-) -> AfterStep:
+def proximal_strength(weight: torch.Tensor, rate: torch.Tensor, target: float, steps: int, epsilon: float = 1e-3) -> float:
+    """The gamma with which `steps` proximal steps zero the `target` share of a matrix.
+
+    In that many steps weight i travels steps * rate_i * gamma * alpha_i towards zero and is there iff that is |w_i| or more: so
+    gamma is the `target` quantile of |w_i| / (rate_i * alpha_i), over the steps. `weight` and `rate` have the same shape.
+    """
+    return (percentile(weight.abs() / (rate * reweighted_alphas(weight, epsilon)), target) / steps).item()
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """The reweighted penalty: its target rises in equal parts up to `sparsity` at step `ramp` and then rests.
+
+    alphas and gamma are renewed every `every` steps. Raises ValueError for a sparsity outside [0, 1) and numbers not above 0.
+    """
+
+    sparsity: float
+    ramp: int
+    every: int = 5
+    epsilon: float = 1e-3
+
+    def __post_init__(self):
+        check_sparsity(self.sparsity)
+        if self.ramp < 1 or self.every < 1 or self.epsilon <= 0:
+            raise ValueError(f"need ramp >= 1, every >= 1, epsilon > 0, got {self.ramp}, {self.every}, {self.epsilon}")
+
+    def target(self, step: int) -> float:
+        """The share that is to be zero when the weights are next reweighted after `step`."""
+        return self.sparsity * min(1.0, (step - 1 + self.every) / self.ramp)
+
+
+def reweighted_proximal(penalty: Penalty, pulled: Scores, groups: tuple[str, ...] = ENCODER) -> AfterStep:
     """Hook: after each AdamW step on the task's loss alone, w_i <- soft_threshold(w_i, lr_i * gamma * alpha_i).
 
-    The step solves for the penalty gamma * sum_i alpha_i * |w_i| by itself, so the penalty never enters Adam's statistics of
-    the task gradient. lr_i is Adam's own rate of the coordinate (`adaptive`), or the plain learning rate. The alphas are
-    renewed from the weights at the first step and every `reweight_every` steps. Guo et al. 2019 (arXiv 1909.12486), survey
-    2.1.3. Raises ValueError unless gamma >= 0, epsilon > 0 and reweight_every >= 1.
+    The step solves for the penalty gamma * sum_i alpha_i * |w_i| by itself, so the penalty never enters Adam's statistics of the
+    task gradient; lr_i is Adam's own rate of the coordinate. The paper sweeps gamma and takes the sparsity that comes; here each
+    matrix gets the gamma that reaches the penalty's target (`proximal_strength`), so that methods compare at one sparsity. What
+    the penalty took from each weight adds up in `pulled`. Guo et al. 2019 (arXiv 1909.12486), survey 2.1.3.
     """
-    if gamma < 0 or epsilon <= 0 or reweight_every < 1:
-        raise ValueError(f"need gamma >= 0, epsilon > 0, reweight_every >= 1, got {gamma}, {epsilon}, {reweight_every}")
     alphas: Scores = {}
+    gammas: dict[str, float] = {}
 
     @torch.no_grad()
     def after_step(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         for m in matrices(model, groups):
             w = dense_weight(m)
-            if m.name not in alphas or step % reweight_every == 0:
-                alphas[m.name] = reweighted_alphas(w, epsilon)
-            lr = adam_learning_rate(optimizer, w) if adaptive else optimizer.param_groups[0]["lr"]
-            w.copy_(soft_threshold(w, lr * gamma * alphas[m.name]))
+            rate = adam_learning_rate(optimizer, w)
+            if m.name not in alphas or (step - 1) % penalty.every == 0:
+                alphas[m.name] = reweighted_alphas(w, penalty.epsilon)
+                gammas[m.name] = proximal_strength(w, rate, penalty.target(step), penalty.every, penalty.epsilon)
+            shrunk = soft_threshold(w, rate * gammas[m.name] * alphas[m.name])
+            pulled[m.name] = pulled.get(m.name, 0.0) + (shrunk - w)
+            w.copy_(shrunk)
 
     return after_step
 
 
-def freeze_pattern(
-    model: nn.Module, sparsity: float, groups: tuple[str, ...] = ENCODER, scope: str = "global"
-) -> tuple[Masks, float]:
-    """Hold the pattern that the proximal steps found, at the chosen sparsity, for the fine-tuning that follows.
+@torch.no_grad()
+def freeze_pattern(model: nn.Module, sparsity: float, pulled: Scores, groups: tuple[str, ...] = ENCODER) -> float:
+    """Hold the pattern that the proximal steps found, for the fine-tuning without a penalty that follows.
 
-    The zeros go first, then the smallest |w| (where the prox zeroed more than `sparsity`, the surplus is free to grow again).
-    Returns the masks and the share of weights that the prox itself had zeroed. Guo et al. 2019, survey 2.1.3.
+    In each matrix the zeros go first, then the smallest |w| up to `sparsity`; the weights that stay get back what the penalty
+    `pulled` out of them (the relaxed lasso: a penalty may choose, but need not shrink what it has chosen; the paper's long
+    fine-tuning undoes the shrinking, a short one cannot). Returns the share that the proximal steps had zeroed by themselves.
+    Guo et al. 2019, survey 2.1.3.
     """
     scores = magnitudes(model, groups)
     zeroed = sparsity_of({name: score > 0 for name, score in scores.items()})
-    masks = masks_from_scores(removed_first(model, scores), sparsity, scope)
+    masks = masks_from_scores(removed_first(model, scores), sparsity, "matrix")
+    for m in matrices(model, groups):
+        dense_weight(m).sub_(pulled[m.name] * masks[m.name])
     hold_masks(model, masks)
-    return masks, zeroed
+    return zeroed

@@ -1,7 +1,7 @@
 """Survey section 2.4: dropping whole encoder layers (LayerDrop, Fan, Grave, Joulin 2019, arXiv 1909.11556).
 
 Layers are numbered from 0 in the code. A dropped layer passes its input on: output = input. Nothing is renumbered or deleted
-until `utils.pruning.surgery.remove_layers` does so.
+until `utils.structure.remove_layers` does so.
 """
 
 import contextlib
@@ -36,26 +36,28 @@ def skip_layers(model: nn.Module, keep: list[int]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def layer_drop(model: nn.Module, rate: float, generator: torch.Generator | None = None) -> Iterator[None]:
+def layer_drop(model: nn.Module, rate: float, generator: torch.Generator | None = None) -> Iterator[list[tuple[int, ...]]]:
     """Structured dropout: inside the block, each training forward pass drops every layer with probability `rate`.
 
-    In evaluation mode all layers run, and nothing is rescaled. `generator` is a CPU one. Survey 2.4. Raises ValueError for
-    a rate outside [0, 1).
+    Every layer has a coin of its own. Yields a list that gets the layers of every training pass. In evaluation mode all
+    layers run, and nothing is rescaled. `generator` is a CPU one. Survey 2.4. Raises ValueError for a rate outside [0, 1).
     """
     check_rate(rate)
     encoder = model.bert.encoder
     layers = encoder.layer
+    passes: list[tuple[int, ...]] = []
 
     def draw(module: nn.Module, args: tuple) -> None:
         if module.training:
             stays = (torch.rand(len(layers), generator=generator) >= rate).tolist()
             module.layer = nn.ModuleList(itertools.compress(layers, stays))
+            passes.append(tuple(itertools.compress(range(len(layers)), stays)))
 
     def restore(module: nn.Module, args: tuple, output: object) -> None:
         module.layer = layers
 
     with encoder.register_forward_pre_hook(draw), encoder.register_forward_hook(restore, always_call=True):
-        yield
+        yield passes
 
 
 def check_rate(rate: float) -> None:
@@ -105,9 +107,9 @@ def select_layers(num_layers: int, keep: int, strategy: str) -> list[int]:
 def search_layers(
     model: nn.Module, num_keep: int, evaluate: Evaluate, limit: int = 1000
 ) -> tuple[list[int], dict[tuple[int, ...], float]]:
-    """Try subsets of `num_keep` layers on validation data; returns the best one and the metric of every subset tried.
+    """Try subsets of `num_keep` layers; returns the best one and the metric (higher is better) of every subset tried.
 
-    All of them where there are `limit` or fewer (12 choose 6 is 924), else greedily: drop the layer that is missed least,
+    The sentences behind `evaluate` should be none that the model is tested on. All of them where there are `limit` or fewer (12 choose 6 is 924), else greedily: drop the layer that is missed least,
     again and again. Ties keep the lower layers. Fan et al. 2019, survey 2.4. Raises ValueError for a bad `num_keep`.
     """
     num_layers = len(model.bert.encoder.layer)
@@ -205,7 +207,8 @@ def learned_drop_loss(
 def learned_layers(model: nn.Module, batches: list[dict], weight: torch.Tensor, num_keep: int) -> tuple[list[int], torch.Tensor]:
     """The fixed set of `num_keep` layers with the highest softmax score over the batches, and the softmax; (layers,).
 
-    The same layers run for every input. Raises ValueError for no batches or a bad `num_keep`.
+    The same layers run for every input. The logarithm of the softmax gives the scores back, up to the offset that
+    `keep_rates` chooses. Raises ValueError for no batches or a bad `num_keep`.
     """
     check_batches(batches)
     check_depth(len(weight), num_keep)

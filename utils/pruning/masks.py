@@ -9,8 +9,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from utils.bert import ENCODER, matrices
-
 Masks = dict[str, torch.Tensor]
 Scores = dict[str, torch.Tensor]
 
@@ -89,8 +87,3 @@ def held_masks(model: nn.Module) -> Masks:
     """The masks that the model holds now."""
     return {f"{name}.weight": module.parametrizations.weight[0].mask.bool() for name, module in model.named_modules()
             if parametrize.is_parametrized(module, "weight")}  # fmt: skip
-
-
-def zero_masks(model: nn.Module, groups: tuple[str, ...] = ENCODER) -> Masks:
-    """The masks that a model's own zeros spell out."""
-    return {matrix.name: matrix.weight.detach() != 0 for matrix in matrices(model, groups)}

@@ -2,22 +2,25 @@
 
 Its incoming weights are row i of W1 (`ffn_in`), its outgoing weights column i of W2 (`ffn_out`). Scores say which neurons
 matter least (P-12), penalties push whole groups of weights to zero while the model trains (P-13), and merging adds a neuron
-to its nearest twin without looking at data (P-14). `utils.pruning.surgery.remove_neurons` then deletes them.
+to its nearest twin without looking at data (P-14). `utils.structure.remove_neurons` then deletes them.
 """
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from utils.pruning.masks import masks_from_scores
+from utils.pruning.masks import check_sparsity, lowest, masks_from_scores
 from utils.structure import Keep, remove_neurons
-from utils.training import AfterStep, check_batches
+from utils.training import check_batches
 
 NeuronScores = dict[int, torch.Tensor]
 Prox = Callable[[torch.Tensor, float], torch.Tensor]
 GROUPS = ("coupled", "incoming", "outgoing", "separate")
+GELU_SLOPE = 1.1289  # its steepest, at sqrt(2): Phi(sqrt 2) + sqrt 2 phi(sqrt 2)
+MARGIN = 1.1  # planned travel over the distance: the warm-up takes a little of it, and so does a gradient that pulls back
 
 
 @torch.no_grad()
@@ -75,6 +78,12 @@ def neuron_keep(scores: NeuronScores, share: float, scope: str = "layer") -> Kee
     return masks_from_scores(scores, share, scope="matrix" if scope == "layer" else "global")
 
 
+def kept_by_both(keep: Keep, other: Keep) -> float:
+    """The share of the neurons in `keep` that `other` keeps as well; two draws at random share as much as they keep."""
+    both = sum(int((kept & other[number]).sum()) for number, kept in keep.items())
+    return both / sum(int(kept.sum()) for kept in keep.values())
+
+
 def prox_l21(rows: torch.Tensor, amount: float) -> torch.Tensor:
     """argmin_V 1/2 ||V - W||^2 + amount * sum_i ||V_i||_2: every row gets shorter by `amount`, or vanishes.
 
@@ -117,80 +126,158 @@ def check_groups(groups: str) -> None:
         raise ValueError(f"groups must be one of {', '.join(GROUPS)}, got {groups!r}")
 
 
-def proximal_step(strength: float, prox: Prox = prox_l21, groups: str = "coupled") -> AfterStep:
-    """Proximal gradient: after each optimiser step on the task loss alone, W <- prox(W, lr * strength).
-
-    The step is AdamW's where the papers use plain SGD; the proximal map is theirs. Over a training a group's norm can
-    shrink by strength * sum of lr at most, which tells the scale of a useful strength. Murray & Chiang 2015; Pan, Dong,
-    Guo 2016 (arXiv 1606.07326); survey 2.2. Raises ValueError for a negative strength or unknown groups.
-    """
-    check_amount(strength)
-    check_groups(groups)
-
-    def after_step(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        for layer in model.bert.encoder.layer:
-            shrink_neurons(layer, prox, optimizer.param_groups[0]["lr"] * strength, groups)
-
-    return after_step
+# A map zeroes a group once the *dual* norm of the group is at most the amount: L2 is its own dual, L1 is that of Linf.
+DUAL_ORDER = {prox_l21: 2, prox_linf1: 1}
 
 
-@torch.no_grad()
-def shrink_neurons(layer: nn.Module, prox: Prox, amount: float, groups: str = "coupled") -> None:
-    """Apply a proximal map to a layer's neuron groups, in place.
+def neuron_groups(layer: nn.Module, groups: str = "coupled") -> list[torch.Tensor]:
+    """The weights that a penalty presses on together, a row per neuron: one or two tensors (neurons, members).
 
     `incoming` (li) takes the rows of W1, `outgoing` (lo) the columns of W2, `separate` both as the two penalties of
-    DropNeuron, `coupled` one group per neuron [W1[i], W2[:, i]], which leaves no half-dead neurons.
+    DropNeuron, `coupled` one group per neuron [W1[i], W2[:, i]], which leaves no half-dead neurons. Raises ValueError for
+    others.
     """
     check_groups(groups)
+    incoming, outgoing = layer.intermediate.dense.weight.detach(), layer.output.dense.weight.detach().T
+    return {"incoming": [incoming], "outgoing": [outgoing], "separate": [incoming, outgoing],
+            "coupled": [torch.cat([incoming, outgoing], dim=1)]}[groups]  # fmt: skip
+
+
+@torch.no_grad()
+def set_groups(layer: nn.Module, groups: str, values: list[torch.Tensor]) -> None:
+    """Write what `neuron_groups` gave back into the layer, in place."""
     incoming, outgoing = layer.intermediate.dense.weight, layer.output.dense.weight.T  # both (neurons, hidden)
-    if groups == "coupled":
-        both = prox(torch.cat([incoming, outgoing], dim=1), amount)
-        incoming.copy_(both[:, : incoming.shape[1]])
-        outgoing.copy_(both[:, incoming.shape[1] :])
-    if groups in ("incoming", "separate"):
-        incoming.copy_(prox(incoming, amount))
-    if groups in ("outgoing", "separate"):
-        outgoing.copy_(prox(outgoing, amount))
+    places = {"incoming": [incoming], "outgoing": [outgoing]}.get(groups, [incoming, outgoing])
+    pieces = values[0].split(incoming.shape[1], dim=1) if groups == "coupled" else values
+    for place, piece in zip(places, pieces, strict=True):
+        place.copy_(piece)
+
+
+def smallest_norm(layer: nn.Module, groups: str = "coupled", order: int = 2) -> torch.Tensor:
+    """Norm of each neuron's group, (neurons,). Of two `separate` groups the smaller: one zero kills a neuron."""
+    norms = [torch.linalg.vector_norm(group, order, dim=1) for group in neuron_groups(layer, groups)]
+    return torch.stack(norms).amin(0)
+
+
+def group_norms(model: nn.Module, groups: str = "coupled", order: int = 2) -> NeuronScores:
+    """`smallest_norm` of every layer, (neurons,) each."""
+    return {number: smallest_norm(layer, groups, order) for number, layer in enumerate(model.bert.encoder.layer)}
 
 
 @torch.no_grad()
-def group_norms(model: nn.Module, groups: str = "coupled") -> NeuronScores:
-    """L2 norm of each neuron's group, (neurons,) per layer. Of two `separate` groups the smaller: one zero kills a neuron."""
-    check_groups(groups)
-    norms = {}
-    for number, layer in enumerate(model.bert.encoder.layer):
-        incoming, outgoing = layer.intermediate.dense.weight.norm(dim=1), layer.output.dense.weight.norm(dim=0)
-        norms[number] = {"incoming": incoming, "outgoing": outgoing, "coupled": torch.hypot(incoming, outgoing),
-                         "separate": torch.minimum(incoming, outgoing)}[groups]  # fmt: skip
-    return norms
+def shrink_neurons(
+    layer: nn.Module, prox: Prox, amount: float, groups: str = "coupled", share: float = 1.0
+) -> list[torch.Tensor]:
+    """Apply a proximal map to a layer's neuron groups, in place, but by no more than zeroes `share` of its neurons.
 
-
-def neurons_after_prox(
-    model: nn.Module, share: float, groups: str = "coupled", scope: str = "layer"
-) -> tuple[Keep, dict[int, int]]:
-    """Keep-masks that drop exactly the `share` of neurons with the smallest groups, and how many the penalty itself zeroed.
-
-    The second result tells how far the penalty alone got: below share * neurons, the rest goes by norm.
+    Returns what it took from each group, shaped as `neuron_groups`.
     """
-    norms = group_norms(model, groups)
-    zeroed = {number: int((norm == 0).sum()) for number, norm in norms.items()}
-    return neuron_keep(norms, share, scope), zeroed
+    order = DUAL_ORDER[prox]
+    vanish_at = smallest_norm(layer, groups, order)
+    most = round(share * len(vanish_at))
+    amount = min(amount, vanish_at.kthvalue(most).values.item()) if most else 0.0
+    before = [group.clone() for group in neuron_groups(layer, groups)]
+    shrunk = []
+    for group in before:
+        vanishes = torch.linalg.vector_norm(group, order, dim=1, keepdim=True) <= amount
+        shrunk.append(prox(group, amount).masked_fill(vanishes, 0))  # at equality rounding would leave crumbs
+    set_groups(layer, groups, shrunk)
+    return [old - new for old, new in zip(before, shrunk, strict=True)]
 
 
 @torch.no_grad()
-def fold_constant_neurons(model: nn.Module) -> int:
+def fold_constants(layer: nn.Module) -> int:
     """A neuron without incoming weights outputs the constant f(b1[i]): move it into b2, so that its removal is exact.
 
     b2 += f(b1[i]) W2[:, i], then W2[:, i] = 0. Returns the number of neurons folded.
     """
-    folded = 0
-    for layer in model.bert.encoder.layer:
-        ffn_in, ffn_out = layer.intermediate.dense, layer.output.dense
-        constant = (ffn_in.weight == 0).all(1)
-        ffn_out.bias += ffn_out.weight[:, constant] @ layer.intermediate.intermediate_act_fn(ffn_in.bias[constant])
-        ffn_out.weight[:, constant] = 0
-        folded += int(constant.sum())
-    return folded
+    ffn_in, ffn_out = layer.intermediate.dense, layer.output.dense
+    constant = (ffn_in.weight == 0).all(1)
+    ffn_out.bias += ffn_out.weight[:, constant] @ layer.intermediate.intermediate_act_fn(ffn_in.bias[constant])
+    ffn_out.weight[:, constant] = 0
+    return int(constant.sum())
+
+
+@torch.no_grad()
+def silence(layer: nn.Module, neurons: torch.Tensor) -> None:
+    """Set all weights from and to the neurons (a boolean mask) to zero, in place."""
+    layer.intermediate.dense.weight[neurons] = 0
+    layer.output.dense.weight[:, neurons] = 0
+
+
+@dataclass
+class ProximalPruning:
+    """Hook: proximal gradient under a penalty that rises until `share` of each layer's neurons is zero, and then rests.
+
+    After each optimiser step on the task loss alone, W <- prox(W, lr * strength * step / end). Once the share is zero (at
+    `end` at the latest) a layer is settled; `alive` then holds the keep-masks, and `zeroed` how many neurons the penalty
+    itself zeroed. The step is AdamW's where the papers use plain SGD; ramp, target and what is given back are ours, for a
+    constant strength stops anywhere. Murray & Chiang 2015 (arXiv 1508.05051); Pan, Dong, Guo 2016 (arXiv 1606.07326); survey
+    2.2. Raises ValueError for a share outside [0, 1), an `end` below 1 and unknown groups.
+    """
+
+    share: float
+    end: int
+    prox: Prox = prox_l21
+    groups: str = "coupled"
+    alive: Keep = field(default_factory=dict)
+    zeroed: dict[int, int] = field(default_factory=dict)
+    strength: dict[int, float] = field(default_factory=dict)
+    taken: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # from each group so far
+
+    def __post_init__(self) -> None:
+        check_penalty(self.share, self.end, self.groups)
+
+    def __call__(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Press on every layer that is not settled yet, and hold the dead of those that are."""
+        rates = optimizer.param_groups[0]
+        for number, layer in enumerate(model.bert.encoder.layer):
+            if number not in self.strength:
+                plan(self, number, layer, rates.get("initial_lr", rates["lr"]))
+            if number in self.alive:
+                silence(layer, ~self.alive[number])
+                continue
+            amount = rates["lr"] * self.strength[number] * step / self.end
+            for total, part in zip(
+                self.taken[number], shrink_neurons(layer, self.prox, amount, self.groups, self.share), strict=True
+            ):
+                total += part
+            self.zeroed[number] = int((smallest_norm(layer, self.groups) == 0).sum())
+            if step >= self.end or self.zeroed[number] >= round(self.share * layer.intermediate.dense.out_features):
+                settle(self, number, layer)
+
+
+def check_penalty(share: float, end: int, groups: str) -> None:
+    """Raise ValueError for a share outside [0, 1), an `end` before the first step, and unknown groups."""
+    check_sparsity(share)
+    check_groups(groups)
+    if end < 1:
+        raise ValueError(f"end must be a step, 1 or later, got {end}")
+
+
+def plan(penalty: ProximalPruning, number: int, layer: nn.Module, learning_rate: float) -> None:
+    """Choose a layer's strength so that the planned travel fits its norms.
+
+    Over a training a group shrinks by sum_i lr_i * strength_i at most. The distance to go is the dual norm below which
+    `share` of the groups lie; it grows with the size of a group, so that penalties of different shape travel equally far.
+    """
+    penalty.taken[number] = [torch.zeros_like(group) for group in neuron_groups(layer, penalty.groups)]
+    distance = smallest_norm(layer, penalty.groups, DUAL_ORDER[penalty.prox]).quantile(penalty.share).item()
+    ramp = (penalty.end + 1) / 2  # the sum of 1 / end, 2 / end, ..., 1
+    penalty.strength[number] = MARGIN * distance / (learning_rate * ramp)
+
+
+def settle(penalty: ProximalPruning, number: int, layer: nn.Module) -> None:
+    """The penalty rests: what is missing of `share` goes by norm, constants are folded, and survivors get back what it took.
+
+    A penalty chooses and shrinks, and only the choice is wanted: the relaxed lasso (Meinshausen 2007) fits what survives anew
+    without the penalty. The papers train long enough to regain the lengths; a short training has to begin with them.
+    """
+    penalty.alive[number] = alive = lowest(smallest_norm(layer, penalty.groups), penalty.share)
+    fold_constants(layer)
+    restored = [now + taken for now, taken in zip(neuron_groups(layer, penalty.groups), penalty.taken[number], strict=True)]
+    set_groups(layer, penalty.groups, restored)
+    silence(layer, ~alive)
 
 
 def merge_pairs(incoming: torch.Tensor, outgoing: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
@@ -220,12 +307,21 @@ def merge_pairs(incoming: torch.Tensor, outgoing: torch.Tensor, count: int) -> t
     return kept, outgoing, saliencies
 
 
+def merging_bound(saliency: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """What merging can cost: E <(a_j (f(W_i x) - f(W_j x)))^2> <= slope^2 * E ||x||^2 * s_ij, by Lipschitz and Cauchy-Schwarz.
+
+    `inputs` (tokens, inputs) carries a column of ones where W carries the bias. Same shape as `saliency`.
+    """
+    return GELU_SLOPE**2 * inputs.square().sum(1).mean() * saliency
+
+
 @torch.no_grad()
-def merge_neurons(model: nn.Module, count_per_layer: int) -> dict[int, list[float]]:
+def merge_neurons(model: nn.Module, count_per_layer: int, surgery: bool = True) -> dict[int, list[float]]:
     """Data-free merging of `count_per_layer` neurons in each layer, in place; the matrices shrink.
 
-    Returns the saliency of each merge, per layer. Srinivas & Babu 2015 (arXiv 1507.06149), survey 2.2. Raises ValueError
-    unless every layer keeps a neuron.
+    Without `surgery` the same neurons go, and nobody takes over their outgoing weights: the control. Returns the saliency of
+    each merge, per layer. Srinivas & Babu 2015 (arXiv 1507.06149), survey 2.2. Raises ValueError unless every layer keeps a
+    neuron.
     """
     fewest = min(layer.intermediate.dense.out_features for layer in model.bert.encoder.layer)
     if not 0 <= count_per_layer < fewest:
@@ -235,6 +331,7 @@ def merge_neurons(model: nn.Module, count_per_layer: int) -> dict[int, list[floa
         ffn_in, ffn_out = layer.intermediate.dense, layer.output.dense
         incoming = torch.cat([ffn_in.weight, ffn_in.bias[:, None]], dim=1)
         keep, outgoing, saliencies[number] = merge_pairs(incoming, ffn_out.weight.T, count_per_layer)
-        ffn_out.weight.copy_(outgoing.T)
+        if surgery:
+            ffn_out.weight.copy_(outgoing.T)
         remove_neurons(model, {number: keep})
     return saliencies

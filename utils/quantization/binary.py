@@ -5,7 +5,8 @@ The latent (full-precision) weight stays underneath during training, and its gra
 """
 
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.functional import linear, pad
 from torch.nn.utils import parametrize
 
-from utils.bert import ENCODER, linear_matrices
+from utils.bert import ENCODER, Matrix, linear_matrices
 from utils.encodings import Encoded, codebook, dense, uniform
 from utils.quantization.quantizer import Quantizer, ascending, check_weight
 
@@ -83,6 +84,19 @@ def latent_weights(model: nn.Module, kind: type[Quantizer]) -> list[tuple[nn.Par
     return [(p.original, p[0]) for p in lists if isinstance(p[0], kind)]
 
 
+def frozen(make: Callable[[Matrix], Quantizer]) -> Callable[[Matrix], Quantizer]:
+    """The same maker of quantizers, whose latent weights take no gradient: the control that says what moving them is worth.
+
+    No level changes; learned levels, scales, biases, LayerNorm and the classifier train as they do in the method.
+    """
+
+    def held(matrix: Matrix) -> Quantizer:
+        matrix.module.weight.requires_grad_(False)
+        return make(matrix)
+
+    return held
+
+
 # --- Q-01 -----------------------------------------------------------------------------------------------------------
 
 
@@ -100,16 +114,20 @@ class SignQuantizer(ScaledQuantizer):
 # --- Q-02 -----------------------------------------------------------------------------------------------------------
 
 
+def glorot(weight: torch.Tensor) -> float:
+    """Glorot and Bengio's size of a first weight, sqrt(1.5 / (fan_in + fan_out)), of a matrix (fan_out, fan_in)."""
+    return math.sqrt(1.5 / sum(weight.shape))
+
+
 def weight_bound(weight: torch.Tensor, rule: str = "mean") -> float:
     """H, the size of the quantized weights and the bound of the latent ones, of a matrix (fan_out, fan_in).
 
-    `one` is BinaryConnect's first choice and `glorot` = sqrt(1.5 / (fan_in + fan_out)) its code's; both forget a trained weight's
-    size. `mean` = mean|w|, `rms` = 2 * sqrt(mean w^2) and `max` = max|w| keep it. Raises ValueError for another rule.
+    `one` is BinaryConnect's choice in the paper and `glorot` in the authors' first code; both forget a trained weight's size.
+    `mean` = mean|w|, `rms` = 2 * sqrt(mean w^2) and `max` = max|w| keep it. Raises ValueError for another rule.
     """
     check_weight(weight)
     w = weight.detach().float()
-    glorot = math.sqrt(1.5 / sum(weight.shape))
-    rules = {"one": 1.0, "glorot": glorot, "mean": w.abs().mean(), "rms": 2 * w.square().mean().sqrt(), "max": w.abs().max()}
+    rules = {"one": 1.0, "glorot": glorot(w), "mean": w.abs().mean(), "rms": 2 * w.square().mean().sqrt(), "max": w.abs().max()}
     if rule not in rules:
         raise ValueError(f"unknown rule {rule!r} for the bound H: choose from {', '.join(rules)}")
     return max(float(rules[rule]), TINY)  # an all-zero matrix must not divide by zero
@@ -168,6 +186,12 @@ class BinaryConnect(ConnectQuantizer):
     draw = staticmethod(stochastic_sign)
 
 
+def evaluate_with(model: nn.Module, at_test: str) -> None:
+    """From now on evaluation and `detach` use `at_test` (see `ConnectQuantizer`) in every connected matrix."""
+    for _, quantizer in latent_weights(model, ConnectQuantizer):
+        quantizer.at_test = at_test
+
+
 @torch.no_grad()
 def clip_latent(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Hook for `train(after_step=...)`: w <- clip(w, -H, H). Beyond H a weight has no more effect, and could not come back."""
@@ -176,11 +200,16 @@ def clip_latent(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 
 def scaled_learning_rates(model: nn.Module, learning_rate: float) -> list[dict]:
-    """Optimiser groups with lr / H for each connected matrix (a sign flips after a way of H), lr for all other parameters."""
+    """Optimiser groups with lr * H / `glorot` for each connected matrix, lr for all other parameters.
+
+    A sign flips after a way of H. The authors keep H = 1 and make Adam's steps 1 / `glorot` times as long, or keep H = `glorot`
+    and the steps as they are: either way a step is lr / `glorot` of the way. That is what lr * H / `glorot` is for any H.
+    """
     connected = latent_weights(model, ConnectQuantizer)
     taken = {id(w) for w, _ in connected}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    return [{"params": [w], "lr": learning_rate / q.H} for w, q in connected] + [{"params": others, "lr": learning_rate}]
+    scaled = [{"params": [w], "lr": learning_rate * q.H / glorot(w)} for w, q in connected if w.requires_grad]
+    return [*scaled, {"params": others, "lr": learning_rate}]
 
 
 # --- Q-03, Q-04 -----------------------------------------------------------------------------------------------------
@@ -269,17 +298,22 @@ class BSFlexible(Quantizer):
 
 
 def power_of_two(x: torch.Tensor) -> torch.Tensor:
-    """sign(x) * 2^round(log2|x|), and 0 for 0: a product with it is a shift of the other factor's binary point."""
-    mantissa, _ = torch.frexp(x.float())  # x = mantissa * 2^e with 0.5 <= |mantissa| < 1
-    below = mantissa.abs() * mantissa.abs() < 0.5  # log2|mantissa| < -1/2: rounds to e - 1
-    power = x / torch.where(mantissa == 0, 1, mantissa.abs())  # exact, while exp2(log2(x)) is not on every device
-    return torch.where(below, power / 2, power).to(x.dtype)
+    """sign(x) * 2^e, with e = floor(log2|x|) or, with probability |x| / 2^e - 1, one more; 0 for 0. Its mean is x.
+
+    A product with it is a shift of the other factor's binary point. Rounding log2|x| to the nearest whole number would need no
+    random numbers, but its mean is not x.
+    """
+    mantissa, _ = torch.frexp(x.float())  # x = mantissa * 2^(e + 1) with 0.5 <= |mantissa| < 1
+    twice = 2 * torch.where(mantissa == 0, 0.5, mantissa.abs())  # |x| / 2^e, in [1, 2)
+    lower = x / twice  # exact, while exp2(log2(x)) is not on every device
+    return (lower * (1 + torch.bernoulli(twice - 1))).to(x.dtype)
 
 
 class PowerOfTwoLinear(torch.autograd.Function):
     """y = x W^T + b, whose weight gradient is dW = dy^T p(x), p = `power_of_two`, so that dW needs no multiplication.
 
-    Lin, Courbariaux, Memisevic, Bengio 2015 (arXiv 1510.03009), survey 3.1. The forward pass, dx and db stay exact.
+    Lin, Courbariaux, Memisevic, Bengio 2015 (arXiv 1510.03009), survey 3.1: quantized back-propagation. The forward pass, dx and
+    db stay exact, and the mean of dW is the exact gradient.
     """
 
     @staticmethod
@@ -421,3 +455,12 @@ def track_curvature(step: int, model: nn.Module, optimizer: torch.optim.Optimize
         if not state or "exp_avg_sq" not in state:
             raise ValueError("no Adam statistics for a LAB weight: it must train, under Adam or AdamW")
         quantizer.D.copy_(state["exp_avg_sq"].sqrt() + 1e-8)
+
+
+def curvature_spread(quantizers: list[Quantizer]) -> float:
+    """The 90th percentile of D over its 10th, in the median matrix: how unequally weights count. 1 means that D does nothing."""
+    found = []
+    for quantizer in quantizers:
+        D = ascending(quantizer.D)
+        found.append((D[int(0.9 * (len(D) - 1))] / D[int(0.1 * (len(D) - 1))]).item())
+    return statistics.median(found)

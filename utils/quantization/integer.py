@@ -1,9 +1,11 @@
-"""Integers that compute: the same BERT in bfloat16, in torchao's int8, and in ONNX Runtime's int8.
+"""Integers that compute: the same BERT in bfloat16, and in the int8 of torchao, ONNX Runtime and OpenVINO.
 
 Fake quantization is arithmetic in float32 on fewer values, and no faster. The engines here change the arithmetic: int8 weights
-times activations that are quantized on the fly, row by row, with integer sums. Each is wrapped as an `Engine`, which predicts and
-is timed like any model, so accuracy, bytes and milliseconds belong to one and the same thing. torchao, onnx, onnxscript and
-onnxruntime are imported where they are used: a missing one is a CompanionError that names it.
+times int8 activations, with integer sums. They differ in who shares a scale of the activations, and in when it is found: torchao
+takes one per token and ONNX Runtime one per tensor, both as the numbers come; OpenVINO one per tensor, found beforehand on
+calibration sentences. Each is wrapped as an `Engine`, which predicts and is timed like any model, so accuracy, bytes and
+milliseconds belong to one and the same thing. The libraries are imported where they are used: a missing one is a CompanionError
+that names it.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ import logging
 import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,10 +24,13 @@ from types import ModuleType
 import torch
 import torch._inductor.config as inductor
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from utils import CompanionError, bert
+from utils.costs import REST, Race
+from utils.training import check_batches, steady_memory
 
 Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (input_ids, attention_mask) -> logits
 INPUTS = ("input_ids", "attention_mask")
@@ -42,12 +48,13 @@ class Engine(nn.Module):
     """A finished classifier in whatever arithmetic: called like a BERT, it returns an object with float32 `.logits`.
 
     `nbytes` is the size of its files, `embedding_bytes` of them for the embeddings; `run(input_ids, attention_mask)` computes the
-    logits. It cannot be trained.
+    logits; `integer_products` is how many of a pass's matrix products multiply integers. It cannot be trained.
     """
 
-    def __init__(self, run: Run, config: BertConfig, nbytes: int, embedding_bytes: int):
+    def __init__(self, run: Run, config: BertConfig, nbytes: int, embedding_bytes: int, integer_products: int = 0):
         super().__init__()
         self.run, self.config, self.nbytes, self.embedding_bytes = run, config, nbytes, embedding_bytes
+        self.integer_products = integer_products
         self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # says on which device the inputs are wanted
 
     def stored(self) -> dict[str, int]:
@@ -92,6 +99,27 @@ def in_few_shapes(run: Run, longest: int, rows: int = 32, length: int = 32) -> R
     return padded
 
 
+class _IntegerProducts(TorchDispatchMode):
+    """Counts the products of integer matrices inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._int_mm.default
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def integer_products(model: nn.Module) -> int:
+    """How many matrix products of one forward pass of a torch model multiply int8 by int8 (torch's `_int_mm`)."""
+    ids = torch.ones(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    with _IntegerProducts() as products:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return products.count
+
+
 def torch_engine(model: nn.Module, compiled: bool) -> Engine:
     """An engine around a torch model, which torch.compile may fuse, with its weights as constants that it lays out in advance.
 
@@ -107,7 +135,8 @@ def torch_engine(model: nn.Module, compiled: bool) -> Engine:
         fused = torch.compile(run, dynamic=False, isolate_recompiles=True)
         call = in_few_shapes(fused, model.config.max_position_embeddings)
     embedding_bytes = sum(p.nbytes for p in bert.embeddings(model).parameters())
-    return Engine(call, model.config, state_bytes(model), embedding_bytes).to(next(model.parameters()).device)
+    device, products = next(model.parameters()).device, integer_products(model)
+    return Engine(call, model.config, state_bytes(model), embedding_bytes, products).to(device)
 
 
 def float_engine(model: nn.Module, dtype: torch.dtype = torch.bfloat16, compiled: bool = False) -> Engine:
@@ -127,6 +156,9 @@ def torchao_int8(model: nn.Module, compiled: bool = True) -> Engine:
     return torch_engine(copy, compiled)
 
 
+# --- one exported graph for the engines outside PyTorch -------------------------------------------------------------
+
+
 class _Logits(nn.Module):
     """The exporter wants tensors in and a tensor out."""
 
@@ -140,11 +172,11 @@ class _Logits(nn.Module):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter and the quantizer warn about what is as it should be."""
+    """The exporter and the quantizers warn about what is as it should be, and draw progress bars."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -152,25 +184,32 @@ def _quiet() -> Iterator[None]:
 
 
 def export_onnx(model: nn.Module, path: Path) -> None:
-    """Write an ONNX graph for any batch size and length (the exporter may put weights into a second file beside it)."""
-    optional("onnxscript")
+    """Write an ONNX graph for any batch size and length, which ONNX Runtime and OpenVINO read.
+
+    By torch's older exporter, which records the operators of one pass: the graphs of both are as fast, and it takes a tenth of
+    the time of the newer one (2 seconds instead of 20 for six layers).
+    """
+    optional("onnx")
     copy = bert.fresh_copy(model).float().cpu()
-    ids, mask = torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long)  # one sentence would freeze the batch size
-    mask[1, 5:] = 0  # and an example without padding would lose the mask
-    shape = {0: "batch", 1: "length"}
+    ids, mask = torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long)
+    mask[1, 5:] = 0  # an example without padding would lose the mask
+    axes = {**dict.fromkeys(INPUTS, {0: "batch", 1: "length"}), "logits": {0: "batch"}}
     with bert.attention(copy, "eager"), _quiet():
-        program = torch.onnx.export(_Logits(copy).eval(), (ids, mask), input_names=INPUTS, output_names=["logits"],
-                                    dynamic_shapes=dict.fromkeys(INPUTS, shape), dynamo=True, verbose=False)  # fmt: skip
-        program.save(path)
+        torch.onnx.export(_Logits(copy).eval(), (ids, mask), path, input_names=INPUTS, output_names=["logits"],
+                          dynamic_axes=axes, dynamo=False)  # fmt: skip
 
 
-def quantize_onnx(source: Path, path: Path) -> None:
-    """Dynamic int8: weights, embeddings included, are stored in 8 bits, and activations are quantized as they come."""
+# --- ONNX Runtime ---------------------------------------------------------------------------------------------------
+
+
+def quantize_onnx(source: Path, path: Path, per_channel: bool = False) -> None:
+    """Dynamic int8: weights, embeddings included, are stored in 8 bits, and activations are quantized as they come.
+
+    A weight has one scale, or with `per_channel` one per output; an activation tensor has one scale either way.
+    """
     onnx, quantization = optional("onnx"), optional("onnxruntime.quantization")
-    graph = onnx.load(source)
-    del graph.graph.value_info[:]  # shapes noted by the exporter contradict the quantized graph, and would stop the quantizer
     with _quiet():
-        quantization.quantize_dynamic(graph, path)
+        quantization.quantize_dynamic(onnx.load(source), path, per_channel=per_channel)
 
 
 def onnx_operators(path: Path) -> list[str]:
@@ -184,23 +223,28 @@ def onnx_operators(path: Path) -> list[str]:
 DISABLED_FUSIONS = ("SkipLayerNormFusion",)
 
 
-def onnx_runtime(path: Path, config: BertConfig, disabled: Sequence[str] = DISABLED_FUSIONS) -> Engine:
-    """An exported graph of a model of that `config` in ONNX Runtime on the CPU, with as many threads as torch has.
-
-    `disabled` names graph optimizations that are left out. `nbytes` counts the graph and the weights that lie beside it
-    (`<name>.data`). Raises CompanionError without onnxruntime.
-    """
+def onnx_session(path: Path, disabled: Sequence[str] = DISABLED_FUSIONS) -> object:
+    """An `onnxruntime.InferenceSession` of an exported graph on the CPU, with as many threads as torch has."""
     runtime = optional("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled))
+    return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled))
+
+
+def onnx_runtime(path: Path, config: BertConfig, disabled: Sequence[str] = DISABLED_FUSIONS) -> Engine:
+    """An exported graph of a model of that `config` in ONNX Runtime.
+
+    `disabled` names graph optimizations that are left out. `nbytes` counts the graph and the weights that may lie beside it
+    (`<name>.data`). Raises CompanionError without onnxruntime.
+    """
+    session = onnx_session(path, disabled)
 
     def run(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         (logits,) = session.run(None, {"input_ids": ids.cpu().numpy(), "attention_mask": mask.cpu().numpy()})
         return torch.from_numpy(logits)
 
     nbytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
-    return Engine(run, config, nbytes, onnx_embedding_bytes(path))
+    return Engine(run, config, nbytes, onnx_embedding_bytes(path), onnx_operators(path).count("MatMulInteger"))
 
 
 def onnx_embedding_bytes(path: Path) -> int:
@@ -208,3 +252,118 @@ def onnx_embedding_bytes(path: Path) -> int:
     onnx = optional("onnx")
     return sum(math.prod(weight.dims) * onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize
                for weight in onnx.load(path, load_external_data=False).graph.initializer if "embeddings" in weight.name)  # fmt: skip
+
+
+# --- OpenVINO -------------------------------------------------------------------------------------------------------
+
+INTEGERS = ("i8", "u8")  # OpenVINO's names of the types of a product
+
+
+def quiet_nncf() -> ModuleType:
+    """NNCF, which would report its use to its makers over the network if it were not told at its import that this is no such use."""
+    before = os.environ.get("NNCF_CI")
+    os.environ["NNCF_CI"] = "1"
+    try:
+        return optional("nncf")
+    finally:
+        if before is None:
+            del os.environ["NNCF_CI"]
+        else:
+            os.environ["NNCF_CI"] = before
+
+
+def quantize_openvino(source: Path, path: Path, batches: list[dict]) -> None:
+    """Static int8 by NNCF, from an exported float32 graph to an OpenVINO model `path` (.xml, its weights beside it in .bin).
+
+    The scales of the activations are found on the sentences of the batches, one by one and without their padding. The model type
+    says what stays in float (softmax, normalisation) and turns SmoothQuant on: Xiao et al. 2022 divide channels of activations
+    that dwarf the others by a number by which they multiply the weights. Raises ValueError without batches.
+    """
+    check_batches(batches)
+    openvino, nncf = optional("openvino"), quiet_nncf()
+    sentences = [{"input_ids": ids[mask.bool()][None].cpu().numpy(), "attention_mask": mask[mask.bool()][None].cpu().numpy()}
+                 for batch in batches for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
+    with _quiet():
+        model = nncf.quantize(openvino.Core().read_model(source), nncf.Dataset(sentences), subset_size=len(sentences),
+                              model_type=nncf.ModelType.TRANSFORMER)  # fmt: skip
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def openvino_computes(precision: str) -> bool:
+    """Whether OpenVINO finds instructions for a type (`FP32`, `BF16`, `INT8`) on this processor."""
+    return precision in optional("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def openvino_compile(path: Path, precision: str = "f32") -> object:
+    """A compiled OpenVINO model with as many threads as torch has; what is not int8 is computed in `precision`, f32 or bf16."""
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
+    return optional("openvino").Core().compile_model(path, "CPU", settings)
+
+
+def openvino_runtime(path: Path, config: BertConfig, precision: str = "f32") -> Engine:
+    """An exported graph (.onnx) or a quantized model (.xml) of that `config` in OpenVINO. Raises CompanionError without it."""
+    compiled = openvino_compile(path, precision)
+
+    def run(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        found = compiled({"input_ids": ids.cpu().numpy(), "attention_mask": mask.cpu().numpy()})
+        return torch.from_numpy(found[0].copy())  # the next pass writes into the same memory
+
+    nbytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*") if file.suffix in (path.suffix, ".bin"))
+    embeddings = openvino_embedding_bytes(optional("openvino").Core().read_model(path))
+    return Engine(run, config, nbytes, embeddings, openvino_integer_products(compiled))
+
+
+def openvino_integer_products(compiled: object) -> int:
+    """How many matrix products of a compiled OpenVINO model multiply integers: its own report of the kernels that it chose."""
+    kernels = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    said = [[kernel[name].astype(str) for name in ("layerType", "runtimePrecision")] for kernel in kernels if "layerType" in kernel]
+    return sum(layer in ("FullyConnected", "MatMul") and precision in INTEGERS for layer, precision in said)
+
+
+def openvino_embedding_bytes(model: object) -> int:
+    """Bytes of the constants of two dimensions that tables are looked up in, their scales included."""
+    tables = [node.input_value(0).get_node() for node in model.get_ops() if node.get_type_name() == "Gather"]
+    constants = {node.get_name(): node for table in tables for node in constants_above(table)}
+    return sum(node.get_byte_size() for node in constants.values() if len(node.get_output_shape(0)) == 2)
+
+
+def constants_above(node: object) -> list:
+    """The constants that a node of an OpenVINO graph is computed from; none where anything but constants enters."""
+    if node.get_type_name() == "Constant":
+        return [node]
+    above = [constants_above(value.get_node()) for value in node.input_values()]
+    return sum(above, []) if above and all(above) else []
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def batch_dependence(model: nn.Module, batch: dict) -> float:
+    """The largest difference between a sentence's logits in a padded batch and its logits alone, without padding.
+
+    Zero, but for rounding, wherever a sentence's numbers have scales of their own, or fixed ones.
+    """
+    together = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    rows = [mask.bool() for mask in batch["attention_mask"]]
+    alone = [model(input_ids=ids[row][None], attention_mask=row[row][None].long()).logits
+             for ids, row in zip(batch["input_ids"], rows, strict=True)]  # fmt: skip
+    return (together.float() - torch.cat(alone).float()).abs().max().item()
+
+
+def race_over(models: dict[str, nn.Module], batches: list[dict], rounds: int, rest: float = REST) -> Race:
+    """Seconds that each model takes for the same real batches, all models in turns, each round beginning with the next one.
+
+    The baseline is among the models, under the name `Race.BASELINE`. `rest` see `costs.interleaved_seconds`.
+    """
+    names, seconds = list(models), {name: [] for name in models}
+    with steady_memory(), torch.inference_mode():
+        for round_number in range(rounds):
+            for turn in range(len(names)):
+                name = names[(turn + round_number) % len(names)]
+                time.sleep(rest)
+                start = time.perf_counter()
+                for batch in batches:
+                    models[name](input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                seconds[name].append(time.perf_counter() - start)
+    return Race(seconds, len(batches[0]["input_ids"]))

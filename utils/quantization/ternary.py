@@ -7,6 +7,7 @@ methods store codes and one scale, and differ in the threshold below which a wei
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,6 +21,8 @@ from utils.encodings import Encoded, codebook
 from utils.parts import register_dense
 from utils.quantization.binary import TINY, ConnectQuantizer, ScaledQuantizer, grouped, pass_gradient
 from utils.quantization.quantizer import Quantizer, check_weight
+
+LEAST_NOISE = 1.02  # deviations of a Gaussian at which Bernoulli ternary quantization adds the least noise
 
 # --- Q-09, Q-10 -----------------------------------------------------------------------------------------------------
 
@@ -253,9 +256,29 @@ def ternary_activation(x: torch.Tensor, stochastic: bool = True) -> torch.Tensor
 
 
 def scaled_ternary_activation(x: torch.Tensor, stochastic: bool = True) -> torch.Tensor:
-    """s * ternary_activation(x / s) with s = max|x| of each token, (..., 1): one scale per token, two bits per neuron."""
-    s = x.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    return s * ternary_activation(x / s, stochastic)
+    """s * ternary_activation(x / s), s = 1.02 * sqrt(mean x^2) of each token, (..., 1): one scale per token, two bits per neuron.
+
+    The expected squared error, s|x| - x^2 below s and (|x| - s)^2 above, is least at 1.02 deviations where x is Gaussian. With
+    s = max|x|, which clips nothing, one outlier sends nearly all other neurons to zero.
+    """
+    s = (LEAST_NOISE * x.detach().float().square().mean(-1, keepdim=True).sqrt()).to(x.dtype)
+    return s * ternary_activation((x / s.clamp(min=torch.finfo(x.dtype).tiny)).clamp(-1, 1), stochastic)
+
+
+@dataclass
+class Slope:
+    """HitNet's sloping factor: it rises in equal steps from 1 to `end` until training step `ramp`, and stays there.
+
+    `anneal` is the hook for `train(after_step=...)`; `ternary_activations` reads `value` in each forward pass.
+    """
+
+    end: float
+    ramp: int
+    value: float = 1.0
+
+    def anneal(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Set the value for the next step."""
+        self.value = 1.0 + (self.end - 1.0) * min(1.0, step / self.ramp)
 
 
 def ternary_attention(
@@ -267,15 +290,15 @@ def ternary_attention(
     scaling: float,
     dropout: float = 0.0,
     *,
-    slope: float,
+    slope: Slope,
     stochastic: bool,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with probabilities of 0 or 1: P = softmax(slope * Q K^T / sqrt(d)), then Bernoulli(P), then P V.
+    """Attention with probabilities of 0 or 1: P = softmax(slope.value * Q K^T / sqrt(d)), then Bernoulli(P), then P V.
 
     query, key, value (batch, heads, tokens, d); returns (batch, tokens, heads, d) and P (batch, heads, tokens, tokens).
     """
-    scores = query @ key.transpose(-2, -1) * (slope * scaling)
+    scores = query @ key.transpose(-2, -1) * (slope.value * scaling)
     if attention_mask is not None:
         scores = scores + attention_mask
     P = ternary_activation(torch.softmax(scores, dim=-1), stochastic)
@@ -284,18 +307,18 @@ def ternary_attention(
 
 
 @contextmanager
-def ternary_activations(model: nn.Module, slope: float = 1.0, stochastic: bool = True) -> Iterator[None]:
+def ternary_activations(model: nn.Module, slope: Slope, stochastic: bool = True) -> Iterator[None]:
     """Inside the block, attention probabilities and FFN activations are ternary: an analogue of HitNet for BERT.
 
     Wang et al. 2018 (HitNet, NIPS), survey 3.2: threshold ternary weights (attach `TWN`), Bernoulli ternary activations, for
     weights are bell-shaped while gates in [0, 1] crowd at the ends. HitNet's gates are an LSTM's; the numbers in [0, 1] of a BERT
-    are its attention probabilities, and `slope` > 1 drives them to the ends as HitNet's sloping factor does. FFN activations have
-    any size, hence a scale per token. Sampled in evaluation too, unless `stochastic` is False: seed it. Raises ValueError unless
-    slope > 0.
+    are its attention probabilities, and a `slope` above 1 drives them to the ends as HitNet's sloping factor does. FFN activations
+    have any size, hence a scale per token. Sampled in evaluation too, unless `stochastic` is False: seed it. Raises ValueError
+    unless the slope is positive.
     """
-    if not slope > 0:
-        raise ValueError(f"slope must be positive, got {slope}")
-    name = f"ternary_slope_{slope}_{'bernoulli' if stochastic else 'threshold'}"
+    if not slope.value > 0:
+        raise ValueError(f"slope must be positive, got {slope.value}")
+    name = f"ternary_{'bernoulli' if stochastic else 'threshold'}"
     register_dense(name, partial(ternary_attention, slope=slope, stochastic=stochastic))
     handles = [layer.intermediate.register_forward_hook(lambda module, inputs, x: scaled_ternary_activation(x, stochastic))
                for layer in model.bert.encoder.layer]  # fmt: skip

@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +17,7 @@ from utils import bert, encodings
 from utils.bert import ENCODER, linear_matrices
 from utils.encodings import Encoded
 from utils.parts import register_dense
-from utils.quantization.quantizer import Quantizer, ascending, check_bits, check_weight, straight_through
+from utils.quantization.quantizer import Quantizer, ascending, check_bits, check_weight, remembered, straight_through
 from utils.training import to_device
 
 Range = tuple[torch.Tensor, torch.Tensor]
@@ -24,6 +25,8 @@ RangeFunction = Callable[[torch.Tensor, int, bool], Range]
 GRANULARITIES = ("tensor", "row", "group")
 OPERANDS = ("query", "key", "value", "probabilities")
 QUANTIZED_ATTENTION = "companion_quantized"
+POLISH = 8  # least-squares steps after the scales that a search tries
+REFRESH = 10  # training steps that balanced borders live
 
 
 # --- the printed formulas -------------------------------------------------------------------------------------------
@@ -71,10 +74,14 @@ def affine(
     return scale, torch.round(-lo / scale) if bits > 1 and zero_on_grid else -lo / scale
 
 
+def top_code(bits: int, symmetric: bool) -> int:
+    """The largest code: with a zero in the middle of a symmetric grid one of the 2^bits codes stays unused."""
+    return 2**bits - 2 if symmetric and bits > 1 else 2**bits - 1
+
+
 def to_codes(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
     """code = clamp(round(x / scale + zero)), a whole number in [0, 2^bits)."""
-    top = 2**bits - 2 if symmetric and bits > 1 else 2**bits - 1
-    return torch.round(x / scale + zero).clamp(0, top)
+    return torch.round(x / scale + zero).clamp(0, top_code(bits, symmetric))
 
 
 def from_codes(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -123,18 +130,56 @@ def mean_range(x: torch.Tensor, bits: int, symmetric: bool) -> Range:
     return clip_at(x, 1.25 * x.abs().mean(-1, keepdim=True), symmetric)
 
 
-def mse_range(x: torch.Tensor, bits: int, symmetric: bool, steps: int = 50) -> Range:
-    """The shrunken range r * [lo, hi], r = 1/steps, ..., 1, whose quantized values have the least mean squared error.
+def stretches(
+    x: tuple[torch.Tensor, torch.Tensor], scale: torch.Tensor, zero: torch.Tensor, codes: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many values have each code, and their sum, (ranges, scales, codes) in float64: a level's values are a stretch of the sorted ones.
 
-    At few bits it pays to clip the largest values: all others then get finer steps.
+    `x` (ranges, n) sorted, with its sums from the left; `scale` (ranges, scales), `zero` (ranges, 1), all `codes` (codes,).
     """
-    lo, hi = max_range(x, bits, symmetric)
-    best, best_r = torch.full_like(lo, torch.inf), torch.ones_like(lo)
-    for r in [(i + 1) / steps for i in range(steps)]:
-        error = (fake_quantize(x, r * lo, r * hi, bits, symmetric) - x).square().mean(-1, keepdim=True)
-        best_r = torch.where(error <= best, r, best_r)
-        best = torch.minimum(error, best)
-    return best_r * lo, best_r * hi
+    values, sums = x
+    borders = scale.unsqueeze(-1) * (codes[:-1] + 0.5 - zero.unsqueeze(-1))
+    ends = torch.searchsorted(values, borders.flatten(1).to(values.dtype).contiguous()).view(borders.shape)
+    ends = nn.functional.pad(nn.functional.pad(ends, (1, 0)), (0, 1), value=values.shape[-1])
+    return ends.diff().double(), sums.gather(1, ends.flatten(1)).view(ends.shape).diff()
+
+
+def least_error_scale(
+    x: torch.Tensor, widest: torch.Tensor, zero: torch.Tensor, top: int, tries: int = 25
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale at which the levels scale * (code - zero), code = 0, ..., top, have the least squared error to x; and that error.
+
+    `x` (ranges, n), `widest` and `zero` (ranges, 1). Tries widest * 2^(-i/4), i = 0, ..., tries - 1, then alternates the nearest
+    codes and the least-squares scale. Every error is exact and costs `top` binary searches, however many values there are.
+    """
+    values = torch.from_numpy(np.sort(x.numpy(force=True), -1)).to(x.device)
+    held = values, nn.functional.pad(values.double().cumsum(-1), (1, 0))
+    codes = torch.arange(top + 1, device=x.device, dtype=torch.float64)
+    distance = (codes - zero.double()).unsqueeze(1)  # (ranges, 1, codes)
+    scale = widest.double() * 2 ** (-torch.arange(tries, device=x.device) / 4)
+
+    def error(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        counts, sums = stretches(held, scale, zero.double(), codes)
+        square, product = (distance.square() * counts).sum(-1), (distance * sums).sum(-1)
+        return scale * (scale * square - 2 * product), torch.where(product > 0, product / square, scale)
+
+    best = error(scale)[0].argmin(-1, keepdim=True)
+    scale = scale.gather(1, best)
+    for _ in range(POLISH):
+        scale = error(scale)[1]
+    return scale.to(x.dtype), error(scale)[0] + x.double().square().sum(-1, keepdim=True)
+
+
+def mse_range(x: torch.Tensor, bits: int, symmetric: bool, tries: int = 25) -> Range:
+    """The shrunken range r * [lo, hi] whose quantized values have the least mean squared error.
+
+    At few bits it pays to clip the largest values: all others then get finer steps. `tries` see `least_error_scale`.
+    """
+    widest, zero = affine(*max_range(x, bits, symmetric), bits, symmetric)
+    top = top_code(bits, symmetric)
+    flat = [t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0) for t in (x, widest, zero)]
+    scale = least_error_scale(*flat, top, tries)[0].view(widest.shape)
+    return -scale * zero, scale * (top - zero)
 
 
 def kl_range(x: torch.Tensor, bits: int, symmetric: bool, candidates: int = 32) -> Range:
@@ -168,23 +213,35 @@ RANGES: dict[str, RangeFunction] = {
 }  # fmt: skip
 
 
-def range_function(clip: str | RangeFunction) -> RangeFunction:
+# For weights, of which every trial has a copy. Activations never come twice: remembering them would only take time.
+SEARCHED: dict[str, RangeFunction] = {**RANGES, "mse": remembered(mse_range), "kl": remembered(kl_range)}
+
+
+def range_function(clip: str | RangeFunction, rules: dict[str, RangeFunction] = RANGES) -> RangeFunction:
     """A rule by its name, or any function of (x, bits, symmetric). Raises ValueError for an unknown name."""
     if callable(clip):
         return clip
-    if clip not in RANGES:
-        raise ValueError(f"clip must be one of {', '.join(RANGES)}, got {clip!r}")
-    return RANGES[clip]
+    if clip not in rules:
+        raise ValueError(f"clip must be one of {', '.join(rules)}, got {clip!r}")
+    return rules[clip]
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
+
+
+def refit_scale(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
+    """The least-squares scale <x, b> / <b, b> for the present codes b = code - zero of each range of x (..., n): one step towards `mse`."""
+    b = to_codes(x, scale, zero, bits, symmetric) - zero
+    product = (x * b).sum(-1, keepdim=True)
+    return torch.where(product > 0, product / b.square().sum(-1, keepdim=True).clamp(min=1e-12), scale)
 
 
 class UniformQuantizer(Quantizer):
     """Uniform k-bit quantization of a weight (rows, columns). Rastegari 2016, Hubara 2017, He et al. 2016, survey 3.3.
 
     `granularity` says who shares a range: the `tensor`, a `row`, or a `group` of `group_size` columns of a row. `clip` names the
-    rule that ends the range (`RANGES`), or is such a rule. `zero_on_grid` see `affine`. Raises ValueError for bits outside 1 to 8 and unknown names.
+    rule that ends the range (`RANGES`), or is such a rule. `zero_on_grid` see `affine`. In training the range of `clip="mse"` is
+    searched once; then every step refits its scale (`refit_scale`). Raises ValueError for bits outside 1 to 8 and unknown names.
     """
 
     def __init__(
@@ -201,7 +258,10 @@ class UniformQuantizer(Quantizer):
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         self.bits, self.symmetric, self.granularity, self.group_size = bits, symmetric, granularity, group_size
-        self.range, self.zero_on_grid = range_function(clip), zero_on_grid
+        self.range, self.zero_on_grid = range_function(clip, SEARCHED), zero_on_grid
+        self.follows = clip == "mse"
+        self.held: tuple[torch.Tensor, torch.Tensor] | None = None  # scale and zero of the last training step
+        self.eval()  # until a training loop says otherwise: see `place`
 
     def grid(self, weight: torch.Tensor) -> tuple[int, int]:
         """How many ranges there are along the rows and along the columns."""
@@ -214,11 +274,25 @@ class UniformQuantizer(Quantizer):
             raise ValueError(f"group_size must divide the {columns} columns, got {self.group_size}")
         return rows, columns // self.group_size
 
+    def search(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero of every range, (rows, groups, 1), from the values x (rows, groups, values) alone."""
+        return affine(*self.range(x, self.bits, self.symmetric), self.bits, self.symmetric, self.zero_on_grid)
+
+    def place(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero: searched, or, once training has begun, refitted from those of its last step."""
+        if self.held is None:
+            scale, zero = self.search(x)
+        else:
+            scale, zero = refit_scale(x, *self.held, self.bits, self.symmetric), self.held[1]
+        if self.follows and self.training:
+            self.held = scale, zero
+        return scale, zero
+
     def levels(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes (rows, groups, values of a range), scale and zero (rows, groups, 1)."""
         check_weight(weight)
         x = weight.detach().float().reshape(*self.grid(weight), -1)
-        scale, zero = affine(*self.range(x, self.bits, self.symmetric), self.bits, self.symmetric, self.zero_on_grid)
+        scale, zero = self.place(x)
         return to_codes(x, scale, zero, self.bits, self.symmetric), scale, zero
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
@@ -229,6 +303,38 @@ class UniformQuantizer(Quantizer):
         """Packed codes, and a scale and a zero per range."""
         codes, scale, zero = self.levels(weight)
         return encodings.uniform(codes.view_as(weight), scale.squeeze(-1), zero.squeeze(-1), self.bits)
+
+
+@remembered
+def even_grid(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero, (..., 1), of the grid of 2^bits levels that has the least squared error to each range of x (..., n).
+
+    An even number of levels cannot lie around zero and contain it. Three grids compete in every range: symmetric, with zero halfway
+    between two levels; zero a level and one level more below it; the same above it.
+    """
+    flat, top = x.flatten(0, -2), 2**bits - 1
+    peak = flat.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    found = []
+    for zero in (top / 2, *((top // 2, top // 2 + 1) if bits > 1 else ())):
+        places = torch.full_like(peak, zero)
+        found.append((*least_error_scale(flat, peak / min(zero, top - zero), places, top), places))
+    scale, error, zero = (torch.stack(column) for column in zip(*found, strict=True))
+    best = error.argmin(0, keepdim=True)
+    return scale.gather(0, best)[0].view(*x.shape[:-1], 1), zero.gather(0, best)[0].view(*x.shape[:-1], 1)
+
+
+class EvenQuantizer(UniformQuantizer):
+    """Uniform k-bit quantization at its best: all 2^bits levels, evenly spaced, on the grid of least squared error (`even_grid`).
+
+    `UniformQuantizer` keeps zero in the middle, which at two bits leaves three levels. Raises ValueError as that does.
+    """
+
+    def __init__(self, bits: int, granularity: str = "tensor", group_size: int = 64):
+        super().__init__(bits, False, granularity, group_size, "mse")
+
+    def search(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in the base class."""
+        return even_grid(x, self.bits)
 
 
 def power_of_two_exponent(w: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -316,39 +422,54 @@ class PowerOfTwoQuantizer(Quantizer):
 # --- balanced: all levels equally often -----------------------------------------------------------------------------
 
 
-def percentile_codes(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """The bin of every value of x (n,) when 2^bits bins hold equally many: the bounds are the exact i / 2^bits percentiles."""
+def percentile_borders(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """The 2^bits - 1 borders between equally filled bins of x (n,): the exact i / 2^bits percentiles. A border lies in the lower bin."""
     N, n = 2**bits, x.numel()
     ranks = torch.tensor([math.ceil(i * n / N) - 1 for i in range(1, N)], dtype=torch.long, device=x.device)
-    return torch.bucketize(x, ascending(x)[ranks])
+    return ascending(x)[ranks]
 
 
-def recursive_codes(x: torch.Tensor, bits: int, centers: Callable) -> torch.Tensor:
-    """Split all values in two at a center, then each half, `bits` times. `centers(x, codes, bins)` has one center per bin."""
-    codes = torch.zeros_like(x, dtype=torch.long)
+def recursive_borders(x: torch.Tensor, bits: int, centers: Callable) -> torch.Tensor:
+    """Split all values in two at a center, then each half, `bits` times; rising. `centers(x, codes, bins)` gives a center per bin.
+
+    The center of an empty bin is NaN: the split above it takes its place.
+    """
+    codes, borders, above = torch.zeros_like(x, dtype=torch.long), x.new_zeros(2**bits - 1), x.new_zeros(1)
     for level in range(bits):
         center = centers(x, codes, 2**level)
-        codes = 2 * codes + (x > center[codes])
-    return codes
+        above = torch.where(center.isnan(), above, center)
+        step = 2 ** (bits - level)
+        borders[step // 2 - 1 :: step] = above
+        codes, above = 2 * codes + (x > above[codes]), above.repeat_interleave(2)
+    return borders
 
 
 def bin_medians(x: torch.Tensor, codes: torch.Tensor, bins: int) -> torch.Tensor:
-    """The (lower) median of each bin; 0 for an empty one."""
+    """The (lower) median of each bin; NaN for an empty one."""
     members = [x[codes == i] for i in range(bins)]
-    return torch.stack([m.median() if m.numel() else x.new_zeros(()) for m in members])
+    return torch.stack([m.median() if m.numel() else x.new_full((), torch.nan) for m in members])
 
 
 def bin_means(x: torch.Tensor, codes: torch.Tensor, bins: int) -> torch.Tensor:
-    """The mean of each bin, without any sorting; 0 for an empty one."""
-    total = x.new_zeros(bins).scatter_add_(0, codes, x)
-    return total / torch.bincount(codes, minlength=bins).clamp(min=1)
+    """The mean of each bin, without any sorting; NaN for an empty one."""
+    return x.new_zeros(bins).scatter_add_(0, codes, x) / torch.bincount(codes, minlength=bins)
 
 
 BALANCED: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
-    "percentile": percentile_codes,
-    "median": lambda x, bits: recursive_codes(x, bits, bin_medians),
-    "mean": lambda x, bits: recursive_codes(x, bits, bin_means),
+    "percentile": percentile_borders,
+    "median": lambda x, bits: recursive_borders(x, bits, bin_medians),
+    "mean": lambda x, bits: recursive_borders(x, bits, bin_means),
 }
+
+
+def fitted_grid(x: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero of the least-squares line value = scale * (code - zero) through the values x (n,) and their codes, (1,) each."""
+    mean = codes.mean(0, keepdim=True)
+    spread = (codes - mean).square().sum(0, keepdim=True)
+    scale = (x * (codes - mean)).sum(0, keepdim=True) / spread.clamp(min=1)
+    level = x.mean(0, keepdim=True)
+    scale = torch.where(scale > 0, scale, torch.where(level != 0, level.abs(), 1))  # one code for all: its level is their mean
+    return scale, mean - level / scale
 
 
 class BalancedQuantizer(Quantizer):
@@ -356,19 +477,32 @@ class BalancedQuantizer(Quantizer):
 
     Histogram equalisation moves bin i of N = 2^bits onto the slice [i/N, (i+1)/N) of [0, 1], and the slice becomes the level
     i / (N - 1), stretched over the range of the weights. `bins`: exact `percentile`, recursive `median`, or `mean`, which is
-    an approximation that never sorts. The range is `clip="mean"`, 2.5 * mean|w| wide, or `max`, from the smallest weight to the
-    largest: then one outlier inflates them all, since half of the weights must take the upper half of the levels. Rounding the
-    equalised value to the nearest level, as the survey prints it, would give the outer levels half of their share; it is
-    rounded down to its slice. Raises ValueError for bits outside 1 to 8, unknown names, and a weight of fewer than 2^bits
-    entries.
+    an approximation that never sorts. The range is `clip="lsq"`, where the levels are the least-squares line through the weights;
+    `mean`, 2.5 * mean|w| wide; or `max`, from the smallest weight to the largest: then one outlier inflates them all, since half of
+    the weights must take the upper half of the levels. Rounding the equalised value to the nearest level, as the survey prints it,
+    would give the outer levels half of their share; it is rounded down to its slice. In training the borders are found anew every
+    `REFRESH` steps. Raises ValueError for bits outside 1 to 8, unknown names, and a weight of fewer than 2^bits entries.
     """
 
-    def __init__(self, bits: int, bins: str = "percentile", clip: str = "mean"):
+    def __init__(self, bits: int, bins: str = "percentile", clip: str = "lsq"):
         super().__init__()
         check_bits(bits)
-        if bins not in BALANCED or clip not in ("max", "mean"):
-            raise ValueError(f"bins must be one of {', '.join(BALANCED)} and clip 'max' or 'mean', got {bins!r} and {clip!r}")
-        self.bits, self.bins, self.range = bits, BALANCED[bins], RANGES[clip]
+        if bins not in BALANCED or clip not in ("lsq", "max", "mean"):
+            raise ValueError(
+                f"bins must be one of {', '.join(BALANCED)} and clip 'lsq', 'max' or 'mean', got {bins!r} and {clip!r}"
+            )
+        self.bits, self.bins, self.clip = bits, BALANCED[bins], clip
+        self.borders, self.age = None, 0
+        self.eval()  # until a training loop says otherwise: outside training the borders are always those of the weight itself
+
+    def codes(self, x: torch.Tensor) -> torch.Tensor:
+        """The bin of every value, (n,); in training by borders that are at most REFRESH steps old."""
+        if not self.training:
+            return torch.bucketize(x, self.bins(x, self.bits))
+        if self.age % REFRESH == 0:
+            self.borders = self.bins(x, self.bits)
+        self.age += 1
+        return torch.bucketize(x, self.borders)
 
     def levels(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes (n,), scale (1,), zero (1,)."""
@@ -376,9 +510,11 @@ class BalancedQuantizer(Quantizer):
         if weight.numel() < 2**self.bits:
             raise ValueError(f"{2**self.bits} bins need as many values, the weight has {weight.numel()}")
         x = weight.detach().float().flatten()
-        lo, hi = self.range(x, self.bits, self.range is mean_range)
-        codes = self.bins(x, self.bits) * (hi > lo)  # all values equal: one level is enough
-        return codes, *affine(lo, hi, self.bits, False, zero_on_grid=False)
+        codes = self.codes(x).float()
+        if self.clip == "lsq":
+            return codes, *fitted_grid(x, codes)
+        lo, hi = RANGES[self.clip](x, self.bits, self.clip == "mean")
+        return codes * (hi > lo), *affine(lo, hi, self.bits, False, zero_on_grid=False)  # all values equal: one level is enough
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """The level of every weight's bin."""
@@ -394,33 +530,40 @@ class BalancedQuantizer(Quantizer):
 
 
 class ActivationQuantizer(nn.Module):
-    """Fake quantization of an activation tensor of any shape, one range for all of it.
+    """Fake quantization of an activation tensor (..., n), with one range for the `tensor` or one per `token` (its last dimension).
 
-    The range is dynamic, found anew for every tensor (and so depending on what else is in the batch), until `calibrate` has
-    fixed it. The gradient goes straight through. Raises ValueError for bits outside 1 to 8 and an unknown `clip`.
+    The range is dynamic, found anew for every tensor (and so, unless it is a token's own, depending on what else is in the batch),
+    until `calibrate` has fixed it. The gradient goes straight through. Raises ValueError for bits outside 1 to 8, an unknown `clip`
+    or `granularity`, and where the range of a token is to be calibrated.
     """
 
-    def __init__(self, bits: int = 8, symmetric: bool = False, clip: str | RangeFunction = "max"):
+    def __init__(self, bits: int = 8, symmetric: bool = False, clip: str | RangeFunction = "max", granularity: str = "tensor"):
         super().__init__()
         check_bits(bits)
-        self.bits, self.symmetric, self.observing = bits, symmetric, False
+        if granularity not in ("tensor", "token"):
+            raise ValueError(f"granularity must be 'tensor' or 'token', got {granularity!r}")
+        self.bits, self.symmetric, self.granularity, self.observing = bits, symmetric, granularity, False
         self.range = range_function(clip)
         self.lo: torch.Tensor | None = None
         self.hi: torch.Tensor | None = None
 
     def observe(self, lo: torch.Tensor, hi: torch.Tensor) -> None:
         """Widen the calibrated range."""
+        if self.granularity == "token":
+            raise ValueError("the range of a token is its own: only a range for the whole tensor can be calibrated")
         self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The quantized activation; while calibrating, the activation as it is."""
-        flat = x.detach().float().flatten()  # in bfloat16 the codes of 8 bits would collide
-        lo, hi = (self.lo, self.hi) if self.lo is not None and not self.observing else self.range(flat, self.bits, self.symmetric)
+        values = x.detach().float()  # in bfloat16 the codes of 8 bits would collide
+        values = values.flatten() if self.granularity == "tensor" else values.flatten(0, -2)
+        fixed = self.lo is not None and not self.observing
+        lo, hi = (self.lo, self.hi) if fixed else self.range(values, self.bits, self.symmetric)
         if self.observing:
             self.observe(lo, hi)
             return x
-        return straight_through(x, fake_quantize(flat, lo, hi, self.bits, self.symmetric).view_as(x).to(x.dtype))
+        return straight_through(x, fake_quantize(values, lo, hi, self.bits, self.symmetric).view_as(x).to(x.dtype))
 
 
 @torch.no_grad()

@@ -1,0 +1,382 @@
+"""Survey section 4.3: several teachers: a chain, a mean, a vote, specialists, and teachers that are left when they are outdone.
+
+MT-DNN's ensemble (survey 4.4) is here too: it is a mean of teachers for some of several tasks.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from scipy.cluster.vq import kmeans2
+from torch import nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, triplet_margin_loss
+
+from utils import bert
+from utils.distillation.losses import soft_target_loss, soft_targets, with_labels
+from utils.distillation.objective import Objective, check_share, check_temperature, check_weight, distill
+from utils.distillation.outputs import Need, Outputs, Teacher, needs, size_of
+from utils.tasks import Split, Task
+from utils.trials import Trial
+
+# --- K-14 teacher assistant -----------------------------------------------------------------------------------------
+
+
+def teacher_assistant(
+    teacher: Teacher, chain: Sequence[Trial], objective: Callable[[int], Objective], teach: Callable[[Trial], Teacher], **options
+) -> None:
+    """K-14: train the models of a chain in turn, each by the one before: assistants first, the student last, in place.
+
+    `objective(i)` is the loss of the chain's member i, `teach(trial)` makes a teacher of a trained assistant (a cache of its outputs).
+    With one member it is plain distillation; with `mini_lm` it is MiniLM's assistant. Mirzadeh et al. 2019 (arXiv 1902.03393),
+    survey 4.3. Raises ValueError for an empty chain, or one that grows.
+    """
+    sizes = [teacher.size.parameters, *(size_of(trial.model).parameters for trial in chain)]
+    if not chain or any(later > earlier for earlier, later in zip(sizes, sizes[1:], strict=False)):
+        raise ValueError(f"a chain needs one member or more, none larger than the one before it: its parameters are {sizes}")
+    for number, trial in enumerate(chain):
+        if number:
+            teacher = teach(chain[number - 1])
+        distill(trial, objective(number), teacher, **options)
+
+
+# --- K-15 averaged teachers, K-23 MT-DNN's ensemble -----------------------------------------------------------------
+
+
+class AveragedTeachers:
+    """K-15: several teachers that speak as one: their probabilities at the temperature are averaged. Survey 4.3.
+
+    Its logits are T log of the mean, so that `soft_targets(T)` sees just the mean; `members` keeps what each gave. Raises ValueError
+    for no teacher and for a temperature of 0 or less.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher], temperature: float = 1.0):
+        check_temperature(temperature)
+        if not teachers:
+            raise ValueError("averaging needs one teacher or more")
+        self.teachers, self.temperature = list(teachers), temperature
+        self.size = max((teacher.size for teacher in teachers), key=lambda size: size.parameters)
+        self.wanted: tuple[Need, ...] = tuple(set.intersection(*(set(teacher.wanted) for teacher in teachers)))
+
+    def __call__(self, batch: dict) -> Outputs:
+        """The mean prediction, the states of the first teacher, and all members."""
+        members = tuple(teacher(batch) for teacher in self.teachers)
+        mean = torch.stack([log_softmax(member.logits / self.temperature, -1) for member in members]).logsumexp(0)
+        logits = self.temperature * (mean - np.log(len(members)))
+        return Outputs(logits, batch["attention_mask"], members[0].states, members)
+
+
+def task_rows(label_counts: Sequence[int]) -> list[slice]:
+    """The logits of each task where one classifier holds the classes of all, one task after the other."""
+    ends = np.cumsum([0, *label_counts]).tolist()
+    return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def multi_task(label_counts: Sequence[int], taught: Sequence[bool], task_of: torch.Tensor) -> Objective:
+    """K-23: tasks share the encoder; a task's loss is the mean of hard and soft cross-entropy where it has a teacher, else the hard.
+
+    `task_of` (examples,) is the task of each row of the split, `taught` says which tasks have a teacher; labels count from 0 within
+    their task, and student and teacher hold all tasks' classes in one classifier (`task_rows`). The teacher may be an ensemble
+    (`AveragedTeachers`). Liu et al. 2019 (arXiv 1904.09482), survey 4.4.
+    """
+    slices = task_rows(label_counts)
+
+    def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
+        total, here = 0.0, task_of[torch.as_tensor(batch["rows"])].to(student.logits.device)
+        for number in here.unique().tolist():
+            mine, labels = student.logits[here == number][:, slices[number]], batch["labels"][here == number]
+            one = cross_entropy(mine, labels)
+            if taught[number]:
+                soft = ensemble_prediction(teacher, slices[number])[here == number]
+                one = (one - (soft * log_softmax(mine, -1)).sum(-1).mean()) / 2
+            total = total + one * len(labels)
+        return total / len(here)
+
+    return Objective(loss)
+
+
+def ensemble_prediction(teacher: Outputs, classes: slice) -> torch.Tensor:
+    """Mean probabilities over a task's classes of all members, or of the one teacher: (batch, classes of the task)."""
+    logits = [member.logits for member in teacher.members] or [teacher.logits]
+    return torch.stack([one[:, classes].softmax(-1) for one in logits]).mean(0)
+
+
+# --- K-16 relative dissimilarity, by vote ---------------------------------------------------------------------------
+
+
+def vote(members: Sequence[torch.Tensor], triplets: torch.Tensor) -> torch.Tensor:
+    """Whether most teachers find the second example of each triplet nearer to the first than the third is; a tie says yes.
+
+    `members` are each teacher's states (batch, size), `triplets` (count, 3) indices; returns (count,) of bool.
+    """
+    first, second, third = triplets.T
+    votes = [(one[first] - one[second]).norm(dim=-1) <= (one[first] - one[third]).norm(dim=-1) for one in members]
+    return torch.stack(votes).float().mean(0) >= 0.5
+
+
+def relative_dissimilarity(states: torch.Tensor, triplets: torch.Tensor, nearer: torch.Tensor, margin: float) -> torch.Tensor:
+    """max(0, d(p_i, p_i+) - d(p_i, p_i-) + Delta), the mean over triplets. Student states (batch, size).
+
+    `nearer` says for each triplet whether its second example is the nearer one (+), else its third is.
+    """
+    first, second, third = triplets.T
+    positive, negative = torch.where(nearer, second, third), torch.where(nearer, third, second)
+    return triplet_margin_loss(states[first], states[positive], states[negative], margin=margin, eps=0.0)
+
+
+def random_triplets(count: int, examples: int, device: torch.device) -> torch.Tensor:
+    """`count` triplets of three different examples, (count, 3). Raises ValueError for fewer than three examples."""
+    if examples < 3:
+        raise ValueError(f"a triplet needs three different examples, the batch has {examples}")
+    return torch.rand(count, examples, device=device).argsort(-1)[:, :3]
+
+
+def voted_dissimilarity(student_layer: int, teacher_layers: Sequence[int], margin: float = 0.1, count: int = 64) -> Objective:
+    """K-16: the student shall find nearer what most teachers find nearer, at [CLS] of one layer each, for random triplets.
+
+    Added to averaged distillation (`voted_distillation`). You et al. 2017, survey 4.3. Needs `AveragedTeachers`. Raises ValueError for a
+    negative margin, and where there are not as many teachers as layers.
+    """
+    check_weight(margin)
+
+    def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
+        if len(teacher.members) != len(teacher_layers):
+            raise ValueError(f"one layer for each teacher: there are {len(teacher.members)} and {len(teacher_layers)} layers")
+        states = student["cls", student_layer].float()
+        triplets = random_triplets(count, len(states), states.device)
+        given = [member["cls", layer].float() for member, layer in zip(teacher.members, teacher_layers, strict=True)]
+        return relative_dissimilarity(states, triplets, vote(given, triplets), margin)
+
+    return Objective(loss, needs("cls", (student_layer,)))
+
+
+def voted_distillation(objective: Objective, temperature: float = 2.0, teacher_weight: float = 0.5) -> Objective:
+    """K-16 whole: labels, the teachers' mean prediction, and a vote (`voted_dissimilarity`, times its weight)."""
+    return with_labels(soft_targets(temperature), teacher_weight) + objective
+
+
+# --- K-17 generalist and specialists --------------------------------------------------------------------------------
+
+
+def confusable_subsets(probabilities: torch.Tensor, count: int, seed: int = 0) -> list[list[int]]:
+    """Cut the classes into `count` sets that the generalist confuses: k-means on the columns of its predictions' covariance.
+
+    `probabilities` (examples, classes). Sets of one class are dropped: nothing in them can be confused. Hinton et al. 2015, survey 4.3.
+    Raises ValueError unless 1 <= count < classes.
+    """
+    classes = probabilities.shape[1]
+    if not 1 <= count < classes:
+        raise ValueError(f"count must lie in 1..{classes - 1}, got {count}")
+    columns = np.cov(probabilities.double().cpu().numpy(), rowvar=False)
+    _, cluster = kmeans2(columns, count, seed=seed, minit="++")
+    return [found for k in range(count) if len(found := np.flatnonzero(cluster == k).tolist()) > 1]
+
+
+def merge_labels(labels: torch.Tensor, subset: Sequence[int]) -> torch.Tensor:
+    """A specialist's labels: 0, 1, ... for the classes of its subset in order, and last the dustbin for all others."""
+    merged = torch.full_like(labels, len(subset))
+    for number, label in enumerate(subset):
+        merged[labels == label] = number
+    return merged
+
+
+def merge_probabilities(probabilities: torch.Tensor, subset: Sequence[int]) -> torch.Tensor:
+    """(..., classes) to (..., subset + 1): the dustbin gets what the other classes have."""
+    inside = probabilities[..., list(subset)]
+    rest = torch.ones(probabilities.shape[-1], dtype=torch.bool, device=probabilities.device)
+    rest[list(subset)] = False
+    return torch.cat([inside, probabilities[..., rest].sum(-1, keepdim=True)], -1)
+
+
+def specialist_task(task: Task, subset: Sequence[int], seed: int = 0) -> tuple[Task, float]:
+    """The specialist's task: all training sentences of its subset and as many random others, labels merged.
+
+    Also returns how much more often a class of the subset occurs there than in the data: the dustbin's logit must rise by its
+    logarithm (`unbiased`). Raises ValueError for a subset without a sentence, or one that leaves none.
+    """
+    labels = task.train.labels
+    special = torch.isin(labels, torch.tensor(list(subset)))
+    inside, outside = special.nonzero().flatten(), (~special).nonzero().flatten()
+    if not len(inside) or not len(outside):
+        raise ValueError(f"the subset {list(subset)} must have some sentences of {task.name}, and not all")
+    count = min(len(inside), len(outside))
+    rows = torch.cat([inside, outside[torch.randperm(len(outside), generator=torch.Generator().manual_seed(seed))[:count]]])
+    train = _part(task.train, rows.sort().values, subset)
+    splits = {name: _part(getattr(task, name), None, subset) for name in ("validation", "selection")}
+    names = [*(task.label_names[label] for label in subset), "other"]
+    oversampled = (len(inside) / len(rows)) / (len(inside) / len(labels)) / ((count / len(rows)) / (len(outside) / len(labels)))
+    key = f"{task.key}-specialist-{'-'.join(map(str, subset))}-{seed}"
+    return dataclasses.replace(task, train=train, label_names=names, key=key, **splits), oversampled
+
+
+def _part(split: Split, rows: torch.Tensor | None, subset: Sequence[int]) -> Split:
+    """Some rows of a split (None: all) with a specialist's labels."""
+    chosen = range(len(split)) if rows is None else rows.tolist()
+    labels = merge_labels(split.labels[list(chosen)], subset)
+    data = split.data.select(chosen).remove_columns("label").add_column("label", labels.tolist())
+    return Split(data, [split.input_ids[row] for row in chosen], labels)
+
+
+@torch.no_grad()
+def specialist_from(generalist: nn.Module, subset: Sequence[int]) -> nn.Module:
+    """A copy of the generalist whose classifier has the subset's rows, and for the dustbin the mean of the other rows."""
+    model = bert.fresh_copy(generalist)
+    weight, bias = model.classifier.weight, model.classifier.bias
+    others = [label for label in range(len(bias)) if label not in set(subset)]
+    head = nn.Linear(weight.shape[1], len(subset) + 1).to(weight)
+    head.weight.copy_(torch.cat([weight[list(subset)], weight[others].mean(0, keepdim=True)]))
+    # As probable as all the others together, were they equally likely.
+    head.bias.copy_(torch.cat([bias[list(subset)], bias[others].mean(0, keepdim=True) + np.log(len(others))]))
+    model.classifier, model.num_labels, model.config.num_labels = head, len(head.bias), len(head.bias)
+    return model
+
+
+def unbiased(specialist_logits: torch.Tensor, oversampled: float) -> torch.Tensor:
+    """The specialist's logits as if it had seen the classes as often as the data has them: the dustbin rises by log(oversampled)."""
+    corrected = specialist_logits.clone()
+    corrected[..., -1] += float(np.log(oversampled))
+    return corrected
+
+
+def specialist_loss(
+    logits: torch.Tensor, generalist: torch.Tensor, specialists: Sequence[torch.Tensor], subsets: Sequence[Sequence[int]], top: int = 1
+) -> torch.Tensor:
+    """KL(p_g || q) + the sum over the active specialists m of KL(p_m || q merged to m's classes), one value an example.
+
+    q = softmax(logits), (batch, classes); `generalist` holds p_g, `specialists` each p_m, (batch, subset + 1). Specialist m is active
+    where its subset holds one of the generalist's `top` classes. Hinton et al. 2015, survey 4.3.
+    """
+    q = logits.softmax(-1)
+    loss = kl_div(log_softmax(logits, -1), generalist, reduction="none").sum(-1)
+    likely = generalist.topk(top, -1).indices
+    for p, subset in zip(specialists, subsets, strict=True):
+        active = torch.isin(likely, torch.tensor(list(subset), device=likely.device)).any(-1)
+        merged = merge_probabilities(q, subset).clamp(min=torch.finfo(q.dtype).tiny)
+        loss = loss + active * kl_div(merged.log(), p, reduction="none").sum(-1)
+    return loss
+
+
+def combined_prediction(
+    generalist: torch.Tensor, specialists: Sequence[torch.Tensor], subsets: Sequence[Sequence[int]], top: int = 1
+) -> torch.Tensor:
+    """K-17: q of least `specialist_loss` for every example, (batch, classes): what generalist and specialists say together.
+
+    Found by L-BFGS from the generalist's own prediction.
+    """
+    logits = generalist.double().clamp(min=1e-12).log().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = specialist_loss(logits, generalist.double(), [p.double() for p in specialists], subsets, top).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return logits.detach().softmax(-1).to(generalist.dtype)
+
+
+def specialists_teach(specialists: Sequence[Teacher], subsets: Sequence[Sequence[int]], top: int = 1) -> Callable:
+    """K-17 for a student: `objective(oversampled)` is its loss with a generalist as the teacher and these specialists beside it.
+
+    The student minimises `specialist_loss` itself, in place of the images' q of the paper, as the survey has it (4.3).
+    """
+
+    def objective(oversampled: Sequence[float]) -> Objective:
+        def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
+            given = [unbiased(one(batch).logits, rate).softmax(-1) for one, rate in zip(specialists, oversampled, strict=True)]
+            return specialist_loss(student.logits, teacher.logits.softmax(-1), given, subsets, top).mean()
+
+        return Objective(loss)
+
+    return objective
+
+
+# --- K-18 teachers with a threshold, and their best K classes -------------------------------------------------------
+
+
+def top_probabilities(teacher_logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's `count` most probable classes and their probabilities, made to sum to 1: (batch, count) each.
+
+    All that is stored of a teacher with many classes. Raises ValueError unless 1 <= count <= classes.
+    """
+    if not 1 <= count <= teacher_logits.shape[-1]:
+        raise ValueError(f"count must lie in 1..{teacher_logits.shape[-1]}, got {count}")
+    best = teacher_logits.softmax(-1).topk(count, -1)
+    return best.values / best.values.sum(-1, keepdim=True), best.indices
+
+
+def top_loss(student_logits: torch.Tensor, probabilities: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the student with the teacher's stored probabilities, (batch,)."""
+    return -(probabilities * log_softmax(student_logits, -1).gather(-1, classes)).sum(-1)
+
+
+class SelectiveTeachers:
+    """K-18: one teacher for each part of the data; a part loses its teacher once the student beats it by a threshold.
+
+    Tan et al. 2019 (arXiv 1902.10461, survey 4.3) have a teacher for each pair of languages; here, an analogue, for each part of the
+    sentences. `part_of` (examples,) is the part of each row, `accuracies` what each teacher reaches, in percent, `threshold` in points.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher], part_of: torch.Tensor, accuracies: Sequence[float], threshold: float, top: int):
+        if len(teachers) != len(accuracies) or int(part_of.max()) >= len(teachers):
+            raise ValueError(f"one accuracy and one teacher for each part: got {len(accuracies)}, {len(teachers)} and "
+                             f"parts up to {int(part_of.max())}")  # fmt: skip
+        self.teachers, self.part_of, self.accuracies = list(teachers), part_of, list(accuracies)
+        self.threshold, self.top = threshold, top
+        self.active = [True] * len(self.teachers)
+        self.size, self.wanted = max((t.size for t in teachers), key=lambda size: size.parameters), ()
+
+    def review(self, student_accuracies: Sequence[float]) -> None:
+        """A teacher teaches while the student's accuracy on its part is below the teacher's plus the threshold."""
+        pairs = zip(student_accuracies, self.accuracies, strict=True)
+        self.active = [mine < given + self.threshold for mine, given in pairs]
+
+    def reviewing(self, every: int, accuracies: Callable[[nn.Module], Sequence[float]]) -> Callable:
+        """A hook for `after_step` that reviews the teachers every so many steps. ValueError for fewer than one."""
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+
+        def after_step(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            if step % every == 0:
+                self.review(accuracies(model))
+                model.train()
+
+        return after_step
+
+    def __call__(self, batch: dict) -> Outputs:
+        """Each row's logits by the teacher of its part."""
+        found = [teacher(batch) for teacher in self.teachers]
+        parts = self.part_of[torch.as_tensor(batch["rows"])].to(found[0].logits.device)
+        logits = torch.stack([one.logits for one in found])[parts, torch.arange(len(parts), device=parts.device)]
+        return Outputs(logits, batch["attention_mask"], {}, tuple(found))
+
+    def objective(self, teacher_weight: float = 0.5) -> Objective:
+        """(1 - kappa) labels + kappa best-K soft targets on rows with an active teacher, the labels alone on others."""
+        check_share(teacher_weight, "teacher_weight")
+
+        def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
+            hard = cross_entropy(student.logits, batch["labels"], reduction="none")
+            soft = top_loss(student.logits, *top_probabilities(teacher.logits, self.top))
+            parts = self.part_of[torch.as_tensor(batch["rows"])]
+            share = teacher_weight * torch.tensor(self.active)[parts].to(hard)
+            return ((1 - share) * hard + share * soft).mean()
+
+        return Objective(loss)
+
+
+def averaged_targets(temperature: float = 2.0, teacher_weight: float = 0.5) -> Objective:
+    """K-15 whole: labels and the teachers' mean prediction, for `AveragedTeachers(teachers, temperature)`.
+
+    With one teacher it is K-03. Survey 4.3. Raises ValueError where the teachers were averaged at another temperature: unlike one
+    teacher's logits, a mean cannot be moved to another.
+    """
+    check_share(teacher_weight, "teacher_weight")
+    check_temperature(temperature)
+
+    def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
+        mean = torch.stack([(member.logits / temperature).softmax(-1) for member in teacher.members or (teacher,)]).mean(0)
+        soft = soft_target_loss(student.logits, temperature * mean.log(), temperature)
+        return teacher_weight * soft + (1 - teacher_weight) * cross_entropy(student.logits, batch["labels"])
+
+    return Objective(loss)
