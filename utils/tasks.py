@@ -98,7 +98,7 @@ class Task:
 def load(name: str, tokenizer: PreTrainedTokenizerBase, profile: Profile) -> Task:
     """Read, split, cut to the profile's sizes and tokenise. Raises CompanionError for data that cannot be classified."""
     if name in EMBEDDED_TASKS:
-        splits = _split(_embedded(name))
+        splits = _split(embedded(name))
     elif Path(name).exists():
         splits = _local(Path(name))
     else:
@@ -110,7 +110,7 @@ def load(name: str, tokenizer: PreTrainedTokenizerBase, profile: Profile) -> Tas
     validation = _encode_labels(validation, label_names)
     validation = validation.select(range(min(len(validation), profile.validation_size or len(validation))))
     vocabulary = profile.vocabulary if max(tokenizer.all_special_ids) < (profile.vocabulary or 0) // 2 else None
-    parts = [_tokenise(split, tokenizer, profile.max_length, vocabulary) for split in (train, validation, selection)]
+    parts = [tokenise(split, tokenizer, profile.max_length, vocabulary) for split in (train, validation, selection)]
     key = hashlib.sha256(json.dumps([[s.input_ids, s.labels.tolist()] for s in parts]).encode()).hexdigest()[:16]
     return Task(name, *parts, [str(label) for label in label_names], tokenizer, key, vocabulary)
 
@@ -146,7 +146,8 @@ def _chunks(items: np.ndarray, size: int) -> list[np.ndarray]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _embedded(name: str) -> datasets.Dataset:
+def embedded(name: str) -> datasets.Dataset:
+    """The texts and labels of one of `EMBEDDED_TASKS`, in the order of the file."""
     path = package_file(*EMBEDDED_FILE, EMBEDDED_SHA256)
     import pandas
 
@@ -200,7 +201,7 @@ def _hub(name: str) -> tuple[datasets.Dataset, datasets.Dataset]:
 def _split(data: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Stratified, fixed split: a quarter is validation."""
     data = _normalise(data, "the data")
-    labels = np.array(_column(data, "label"))
+    labels = np.array(column(data, "label"))
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < 2 or counts.min() < 2:
         raise CompanionError(
@@ -239,8 +240,8 @@ def _normalise(data: datasets.Dataset, name: str) -> datasets.Dataset:
 
 
 def _label_names(train: datasets.Dataset, validation: datasets.Dataset, name: str) -> list:
-    found = sorted(set(_column(train, "label")))
-    unseen = sorted(set(_column(validation, "label")) - set(found))
+    found = sorted(set(column(train, "label")))
+    unseen = sorted(set(column(validation, "label")) - set(found))
     if len(found) < 2:
         raise CompanionError(f"{name} has {len(found)} class(es) in its training part: classification needs two or more")
     if any(isinstance(label, float) and not float(label).is_integer() for label in found):
@@ -252,18 +253,19 @@ def _label_names(train: datasets.Dataset, validation: datasets.Dataset, name: st
 
 def _encode_labels(data: datasets.Dataset, label_names: list) -> datasets.Dataset:
     index = {label: i for i, label in enumerate(label_names)}
-    codes = [index[label] for label in _column(data, "label")]
+    codes = [index[label] for label in column(data, "label")]
     return data.remove_columns("label").add_column("label", codes)
 
 
-def _tokenise(data: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, vocabulary: int | None) -> Split:
-    encoded = tokenizer(_column(data, "text"), truncation=True, max_length=max_length)["input_ids"]
+def tokenise(data: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, vocabulary: int | None) -> Split:
+    """A split of texts and labels as token ids, cut to `max_length`; ids beyond `vocabulary` are folded into it."""
+    encoded = tokenizer(column(data, "text"), truncation=True, max_length=max_length)["input_ids"]
     if vocabulary:  # the upper half of what is left stands for everything beyond it; special tokens lie in the lower
         half = vocabulary // 2
         encoded = [[piece if piece < vocabulary else half + piece % (vocabulary - half) for piece in ids] for ids in encoded]
-    return Split(data, encoded, torch.tensor(_column(data, "label")))
+    return Split(data, encoded, torch.tensor(column(data, "label")))
 
 
-def _column(data: datasets.Dataset, name: str) -> list:
+def column(data: datasets.Dataset, name: str) -> list:
     """A column as a list, all rows at once: going through `data[name]` fetches them one by one."""
     return data.with_format("arrow")[:][name].to_pylist()

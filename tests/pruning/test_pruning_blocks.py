@@ -10,12 +10,12 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from utils.bert import ENCODER, matrices
 from utils.pruning import blocks, iterative
-from utils.pruning.magnitude import class_blind_masks, magnitude_masks
+from utils.pruning.magnitude import magnitude_masks
 from utils.pruning.masks import held_masks, hold_masks, sparsity_of
 from utils.training import cross_entropy
 
 FIRST = "bert.encoder.layer.0.attention.self.query.weight"
-TIMES = {"start": 2, "ramp": 4, "end": 8, "frequency": 2}
+RAMP = blocks.Ramp(start=2, ramp=4, end=8, frequency=2)
 
 
 @pytest.fixture
@@ -84,43 +84,56 @@ def test_block_masks_remove_whole_blocks_of_lowest_score(model):
 
 
 @pytest.mark.method("P-15")
-@pytest.mark.parametrize(("scope", "unstructured"), [("matrix", magnitude_masks), ("global", class_blind_masks)])
-def test_blocks_of_one_weight_are_magnitude_pruning(model, scope, unstructured):
-    expected = unstructured(model, 0.6, groups=ENCODER)
-    masks = blocks.block_masks(model, 0.6, (1, 1), scope=scope)
+def test_blocks_of_one_weight_are_magnitude_pruning(model):
+    expected = magnitude_masks(model, 0.6, groups=ENCODER)
+    masks = blocks.block_masks(model, 0.6, (1, 1))
     assert all(torch.equal(masks[name], expected[name]) for name in expected)
 
 
 @pytest.mark.method("P-15")
-def test_global_scope_ranks_blocks_of_all_matrices(model):
+def test_every_matrix_loses_its_own_share_and_the_default_block_is_4x4(model):
     with torch.no_grad():
         model.get_parameter(FIRST).mul_(100)
-    masks = blocks.block_masks(model, 0.5, (4, 4), scope="global")
-    assert masks[FIRST].all() and sparsity_of(masks) == pytest.approx(0.5, abs=1e-3)
+    masks = blocks.block_masks(model, 0.5)
+    assert all(mask.float().mean() == 0.5 for mask in masks.values())
+    kept = masks[FIRST].view(8, 4, 8, 4).transpose(1, 2).flatten(2)
+    assert (kept.all(-1) | ~kept.any(-1)).all()
 
 
 @pytest.mark.method("P-15")
-@pytest.mark.parametrize("block", [(2, 2), (4, 4)])
-def test_block_threshold_rises_with_the_fourth_root_of_the_block(model, block):
+def test_blocks_can_be_ranked_by_another_score(model):
+    masks = blocks.block_masks(model, 0.5, (4, 4), score=lambda weight, block: -blocks.block_scores(weight, block))
+    scores, kept = loop_scores(model.get_parameter(FIRST).detach(), 4, 4), masks[FIRST][::4, ::4]
+    assert scores[kept].max() < scores[~kept].min()
+
+
+@pytest.mark.method("P-15")
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+@pytest.mark.parametrize("block", [(1, 1), (2, 2), (4, 4)])
+def test_the_block_threshold_is_planned_from_block_scores(model, block, sparsity):
     weight = model.get_parameter(FIRST).detach().clone()
-    times = {"start": 2, "ramp": 20, "end": 40, "frequency": 2}  # slow enough to look on while it rises
-    hook = blocks.block_pruning(0.9, block, **times)
-    q = iterative.percentile(weight.abs(), 0.9).item()
-    theta = 2 * q * 2 / (2 * 18 + 3 * 20) * (block[0] * block[1]) ** 0.25
-    counts = []
-    for step in range(1, 21):
+    ramp = blocks.Ramp(start=2, ramp=22, end=42, frequency=2)
+    hook = blocks.block_pruning(sparsity, ramp, block)
+    q = iterative.percentile(loop_scores(weight, *block), sparsity).item()
+    theta = 2 * q * 2 / (2 * 20 + 3 * 20)
+    gone = []
+    for step in range(1, 43):
         hook(step, model, None)
         if step >= 2 and step % 2 == 0:
-            expected = loop_scores(weight, *block) > theta * (step - 2 + 1) / 2
+            slow, fast = min(step, 22) - 2 + 1, step - 22 + 1
+            eps = theta * (slow + 1.5 * fast * (step > 22)) / 2
+            below = (loop_scores(weight, *block) <= eps).float().mean().item()
             kept = loop_scores(held_masks(model)[FIRST].float(), *block).bool()
-            assert torch.equal(kept, expected)
-            counts.append(int(kept.sum()))
-    assert counts[0] > counts[-1]
+            gone.append((~kept).float().mean().item())
+            assert gone[-1] == pytest.approx(min(below, sparsity) if step < 42 else sparsity, abs=0.5 / kept.numel())
+    jumps = [later - earlier for earlier, later in pairwise([0.0, *gone])]
+    assert max(jumps) < 0.2  # the threshold arrives with the schedule, as smoothly as a matrix of 32x32 allows
+    assert gone[-2] > 0.8 * sparsity  # almost nothing is left for the last moment
 
 
 @pytest.mark.method("P-15")
 def test_block_pruning_while_training(model):
-    hook, seen = blocks.block_pruning(0.75, (4, 4), **TIMES), []
+    hook, seen = blocks.block_pruning(0.75, RAMP), []
 
     def after_step(step, model, optimizer):
         hook(step, model, optimizer)
@@ -145,11 +158,11 @@ def test_bad_blocks_and_banks_say_what_is_allowed(model):
         with pytest.raises(ValueError, match=r"\[0, 1\)"):
             blocks.block_masks(model, sparsity)
         with pytest.raises(ValueError, match=r"\[0, 1\)"):
-            blocks.block_pruning(sparsity, **TIMES)
+            blocks.block_pruning(sparsity, RAMP)
     with pytest.raises(ValueError, match="start <= ramp <= end"):
-        blocks.block_pruning(0.5, start=5, ramp=2, end=8, frequency=1)
+        blocks.Ramp(start=5, ramp=2, end=8, frequency=1)
     with pytest.raises(ValueError, match="lam must be 0 or more"):
-        blocks.group_lasso_pruning(0.5, -1.0, **TIMES)
+        blocks.group_lasso_pruning(0.5, -1.0, RAMP)
     with pytest.raises(ValueError, match="divisor of 32"):
         blocks.bank_balanced_masks(model, 5, 2)
     for keep in (0, 5):
@@ -157,7 +170,10 @@ def test_bad_blocks_and_banks_say_what_is_allowed(model):
             blocks.bank_balanced_masks(model, 4, keep)
     for keeps in ([], [1, 2]):
         with pytest.raises(ValueError, match="falling"):
-            blocks.iterative_banks(model, 4, keeps, lambda m, r: None)
+            blocks.iterative_banks(4, keeps, range(len(keeps)))
+    for steps in ([0], [2, 1], [1, 1], [-1, 2]):
+        with pytest.raises(ValueError, match="later step"):
+            blocks.iterative_banks(4, [3, 2], steps)
 
 
 # --- P-16 group lasso ---------------------------------------------------------------------------------------------------
@@ -189,8 +205,8 @@ def test_blocks_of_one_weight_make_it_the_l1_norm(model):
 @pytest.mark.method("P-16")
 def test_no_lambda_is_plain_block_pruning(model):
     twin = copy.deepcopy(model)
-    fit(model, 9, blocks.block_pruning(0.75, (4, 4), **TIMES))
-    loss, hook = blocks.group_lasso_pruning(0.75, 0.0, (4, 4), **TIMES)
+    fit(model, 9, blocks.block_pruning(0.75, RAMP))
+    loss, hook = blocks.group_lasso_pruning(0.75, 0.0, RAMP)
     fit(twin, 9, hook, loss)
     for ours, theirs in zip(matrices(model), matrices(twin), strict=True):
         assert torch.equal(ours.weight, theirs.weight)
@@ -199,15 +215,38 @@ def test_no_lambda_is_plain_block_pruning(model):
 @pytest.mark.method("P-16")
 def test_penalty_shrinks_blocks_and_stops_with_the_schedule(model):
     batch, lam = make_batch(), 0.01
-    loss, hook = blocks.group_lasso_pruning(0.5, lam, (4, 4), **TIMES)
+    loss, hook = blocks.group_lasso_pruning(0.5, lam, RAMP)
     penalty = lam * blocks.block_group_lasso(model, (4, 4)).item()
     assert loss(model, batch).item() == pytest.approx(cross_entropy(model, batch).item() + penalty, rel=1e-5)
     twin = copy.deepcopy(model)
-    fit(model, 8, hook, loss)
+    fit(model, 7, hook, loss)
+    assert loss(model, batch).item() > cross_entropy(model, batch).item()
+    hook(8, model, None)
     assert loss(model, batch).item() == cross_entropy(model, batch).item()
-    fit(twin, 8, blocks.block_pruning(0.5, (4, 4), **TIMES))
-    assert blocks.block_group_lasso(model, (4, 4)) < blocks.block_group_lasso(twin, (4, 4))
+    fit(twin, 8, blocks.block_pruning(0.5, RAMP))
+    ours, theirs = blocks.block_lengths(model), blocks.block_lengths(twin)
+    alive = (ours > 0) & (theirs > 0)
+    assert (ours[alive] < theirs[alive]).float().mean() > 0.9
     assert sparsity_of(held_masks(model)) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.method("P-16")
+def test_the_strength_gives_the_penalty_a_gradient_of_the_asked_length(model):
+    for block, pull in (((4, 4), 1.0), ((8, 2), 0.25)):
+        model.zero_grad()
+        lam = blocks.lasso_strength(model, block, pull=pull)
+        (lam * blocks.block_group_lasso(model, block)).backward()
+        total = torch.stack([m.weight.grad.norm() for m in matrices(model)]).norm().item()
+        assert total == pytest.approx(pull, rel=1e-4)
+
+
+@pytest.mark.method("P-16")
+def test_block_lengths_one_by_one(model):
+    found = blocks.block_lengths(model, (8, 16), ("query",))
+    expected = [m.weight[i : i + 8, j : j + 16].norm().item() for m in matrices(model, ("query",))
+                for i in range(0, 32, 8) for j in range(0, 32, 16)]  # fmt: skip
+    assert found.tolist() == pytest.approx(expected)
+    assert blocks.block_lengths(model).sum().item() == pytest.approx(blocks.block_group_lasso(model).item(), rel=1e-5)
 
 
 # --- P-17 bank-balanced -------------------------------------------------------------------------------------------------
@@ -242,16 +281,41 @@ def test_a_bank_as_long_as_the_row_is_magnitude_pruning_per_row(model):
 
 @pytest.mark.method("P-17")
 def test_banks_narrow_round_by_round(model):
-    seen = []
+    hook, seen = blocks.iterative_banks(8, [6, 4, 2], [1, 3, 5]), []
 
-    def retrain(model, number):
+    def after_step(step, model, optimizer):
+        hook(step, model, optimizer)
         seen.append({name: mask.clone() for name, mask in held_masks(model).items()})
-        fit(model, 3)
 
-    masks = blocks.iterative_banks(model, 8, [6, 4, 2], retrain)
-    assert [sparsity_of(s) for s in seen] == [0.25, 0.5, 0.75]
+    fit(model, 6, after_step)
+    assert [sparsity_of(s) for s in seen] == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
     assert all(not (later[n] & ~earlier[n]).any() for earlier, later in pairwise(seen) for n in later)
-    assert all((mask.view(len(mask), -1, 8).sum(-1) == 2).all() for mask in masks.values())
+    assert all((mask.view(len(mask), -1, 8).sum(-1) == 2).all() for mask in seen[-1].values())
+
+
+@pytest.mark.method("P-17")
+def test_banks_rank_by_what_they_are_told(model):
+    lot = {m.name: torch.rand(m.weight.shape) for m in matrices(model)}
+    asked = []
+
+    def score(model):
+        asked.append(model)
+        return lot
+
+    hook = blocks.iterative_banks(4, [3, 2], [0, 1], score=score)
+    hook(0, model, None)
+    hook(1, model, None)
+    for name, mask in held_masks(model).items():
+        assert torch.equal(mask, blocks.bank_mask(lot[name], 4, 2))  # what was removed first would have been removed now, too
+    assert len(asked) == 2
+
+
+@pytest.mark.method("P-17")
+def test_the_default_is_two_of_four_by_size(model):
+    masks = blocks.bank_balanced_masks(model)
+    for m in matrices(model):
+        assert torch.equal(masks[m.name], blocks.bank_mask(m.weight.abs(), 4, 2))
+    assert set(masks) == {m.name for m in matrices(model, ENCODER)}
 
 
 @pytest.mark.method("P-17")

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
-from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 from utils.bert import matrices
 from utils.encodings import decode
 from utils.quantization import binary
+from utils.quantization.few_bits import frozen
 from utils.quantization.quantizer import attach, detach
 
 ODD = (7, 13)  # 91 weights do not fill their last byte
@@ -154,20 +154,13 @@ def test_binary_connect_at_test_time(weight):
 
 
 @pytest.mark.method("Q-02b")
-def test_one_training_is_evaluated_by_signs_and_with_real_weights(tiny):
-    attach(tiny, lambda m: binary.BinaryConnect(binary.weight_bound(m.weight), stochastic=True))
-    latents = {
-        m.name: w.detach().clone()
-        for m, (w, _) in zip(matrices(tiny), binary.latent_weights(tiny, binary.BinaryConnect), strict=True)
-    }
-    bounds = {m.name: q.H for m, (_, q) in zip(matrices(tiny), binary.latent_weights(tiny, binary.BinaryConnect), strict=True)}
-    real = copy.deepcopy(tiny)
-    binary.evaluate_with(real, "float")
-    stored = {"signs": detach(tiny), "real": detach(real)}
-    for name, w in latents.items():
-        assert torch.equal(decode(stored["signs"][name]), bounds[name] * binary.sign(w))
-        assert torch.equal(decode(stored["real"][name]), w.clamp(-bounds[name], bounds[name]))
-    assert all(item.encoding == "dense" for item in stored["real"].values())
+def test_real_weights_are_the_clipped_latent_ones_of_every_connected_matrix(tiny):
+    latents = {m.name: m.weight.detach().clone() for m in matrices(tiny)}
+    attach(tiny, lambda m: binary.BinaryConnect(0.03, stochastic=True), groups=("query", "ffn_out"))
+    found = binary.real_weights(tiny)
+    assert sorted(found) == sorted(m.name for m in matrices(tiny, ("query", "ffn_out")))
+    assert all(torch.equal(w, latents[name].clamp(-0.03, 0.03)) for name, w in found.items())
+    assert any((latents[name].abs() > 0.03).any() for name in found)
 
 
 @pytest.mark.method("Q-02a", "Q-02b")
@@ -195,26 +188,25 @@ def test_a_step_is_the_same_share_of_the_way_to_a_flip_for_any_bound(H, tiny, ba
 @pytest.mark.method("Q-02a", "Q-07")
 def test_latent_weights_move_by_the_scaled_rate(tiny, batch):
     attach(tiny, lambda m: binary.BinaryConnect(0.05), groups=("query",))
-    (w, q), *_ = binary.latent_weights(tiny, binary.BinaryConnect)
+    (w, _), *_ = binary.latent_weights(tiny, binary.BinaryConnect)
     before = w.detach().clone()
     optimizer = torch.optim.AdamW(binary.scaled_learning_rates(tiny, 1e-3), lr=1.0, weight_decay=0)
     loss_of(tiny, batch).backward()
     optimizer.step()
-    assert (w - before).abs().median().item() == pytest.approx(1e-3 * 0.05 / math.sqrt(1.5 / 64), rel=0.02)
+    assert (w - before).abs().max().item() == pytest.approx(1e-3 * 0.05 / math.sqrt(1.5 / 64), rel=0.02)
 
 
 @pytest.mark.method("Q-01", "Q-02a", "Q-03", "Q-04", "Q-07")
 @pytest.mark.parametrize("name", ["sign", "connect", "fixed-tuned", "flexible", "bwn", "lab"])
-def test_frozen_latent_weights_keep_their_codes_while_all_else_trains(name, tiny, batch):
-    attach(tiny, binary.frozen(lambda m: QUANTIZERS[name][0](m.weight)))
+def test_frozen_latent_weights_stand_still_while_all_else_trains(name, tiny, batch):
+    attach(tiny, frozen(lambda m: QUANTIZERS[name][0](m.weight)))
     latents = binary.latent_weights(tiny, binary.Quantizer)
     assert len(latents) == 12
-    codes = [q.encode(w).parts["codes"] for w, q in latents]
+    before = [w.detach().clone() for w, _ in latents]
     others = {n: p.detach().clone() for n, p in tiny.named_parameters() if not n.endswith("original") and "pooler" not in n}
     steps(tiny.train(), batch, count=2)
-    assert all(torch.equal(q.encode(w).parts["codes"], c) for (w, q), c in zip(latents, codes, strict=True))
+    assert all(torch.equal(w, start) for (w, _), start in zip(latents, before, strict=True))
     after = dict(tiny.named_parameters())
-    # a bias of the keys shifts all scores of a query alike, and the softmax takes no notice; token types and positions see few rows
     still = [n for n, value in others.items() if torch.equal(after[n], value)]
     assert not still, still
     assert len(detach(tiny)) == 12
@@ -330,20 +322,21 @@ def test_only_the_weight_gradient_uses_powers_of_two(shape):
 
 
 @pytest.mark.method("Q-05")
-def test_power_of_two_backprop_points_the_same_way_and_can_be_removed(tiny, batch):
+def test_power_of_two_backprop_is_right_on_average_and_can_be_removed(tiny, batch):
     def gradients() -> list[torch.Tensor]:
         tiny.zero_grad()
         loss_of(tiny, batch).backward()
-        return [m.module.weight.grad.clone() for m in matrices(tiny, ("ffn_in", "query"))]
+        return [m.module.weight.grad.clone() for m in matrices(tiny)]
 
     exact = gradients()
     with binary.power_of_two_backprop(tiny):
-        rounded = gradients()
+        draws = [gradients() for _ in range(64)]
         with torch.autocast("cpu", torch.bfloat16):
             gradients()
-    for a, b in zip(exact, rounded, strict=True):
-        assert not torch.equal(a, b)
-        assert nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.9
+    for a, *rounded in zip(exact, *draws, strict=True):
+        one, mean = rounded[0], torch.stack(rounded).mean(0)
+        assert (one - a).norm() > 0.1 * a.norm()  # a draw is off, and noise of 64 draws is an eighth of one's
+        assert (mean - a).norm() < 0.2 * (one - a).norm()
     assert all(torch.equal(a, b) for a, b in zip(exact, gradients(), strict=True))
     with pytest.raises(ValueError, match="word_embeddings"), binary.power_of_two_backprop(tiny, ("word_embeddings",)):
         pass

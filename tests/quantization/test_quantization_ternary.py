@@ -306,7 +306,8 @@ def test_ternary_attention_without_sampling_noise_is_attention(tiny, batch, monk
     """With the ternary step replaced by the identity, what remains must be the model's own eager attention, mask included."""
     with torch.no_grad(), attention(tiny, "eager"):
         expected = logits_of(tiny, batch)
-    monkeypatch.setattr(ternary, "ternary_activation", lambda x, stochastic: x)
+    for name in ("ternary_activation", "scaled_ternary_activation"):
+        monkeypatch.setattr(ternary, name, lambda x, stochastic: x)
     with torch.no_grad(), ternary.ternary_activations(tiny, ternary.Slope(1.0, 1)):
         assert torch.allclose(logits_of(tiny, batch), expected, atol=1e-6)
     with torch.no_grad(), ternary.ternary_activations(tiny, ternary.Slope(4.0, 1, value=4.0)):
@@ -365,16 +366,18 @@ def test_the_hybrid_trains_and_leaves_no_trace(tiny, batch):
 def test_the_slope_rises_during_training_in_every_layer_and_stays(tiny, batch):
     slope, seen = ternary.Slope(4.0, ramp=2), []
 
-    def sharpness() -> list[float]:
+    def largest() -> list[float]:
+        """The mean largest probability of a query, layer by layer."""
         maps = []
         with torch.no_grad(), ternary.ternary_activations(tiny, slope), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ternary, "ternary_activation", lambda x, stochastic: maps.append(x.max(-1).values.mean().item()) or x)
+            patch.setattr(ternary, "ternary_activation", lambda x, stochastic: maps.append(x) or x)
+            patch.setattr(ternary, "scaled_ternary_activation", lambda x, stochastic: x)
             logits_of(tiny, batch)
-        return [value for value in maps if value <= 1][::1]
+        assert len(maps) == 2
+        return [P.amax(-1).mean().item() for P in maps]
 
     with ternary.ternary_activations(tiny, slope):
         steps(tiny, batch, lambda *step: (slope.anneal(*step), seen.append(slope.value)), count=3)
     assert seen == [2.5, 4.0, 4.0]
-    steep = sharpness()
-    slope.value = 1.0
-    assert all(high > low for high, low in zip(steep, sharpness(), strict=True))
+    steep, slope.value = largest(), 1.0
+    assert all(after > before for after, before in zip(steep, largest(), strict=True))

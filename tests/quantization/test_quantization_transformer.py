@@ -1,23 +1,22 @@
-"""Word2Bits, scopes, Q-BERT and GOBO against their definitions, a full Hessian and SciPy; integer engines against float32."""
+"""Word2Bits, scopes, Q-BERT and GOBO against their definitions, a full Hessian and SciPy."""
 
 import functools
 import itertools
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from utils import CompanionError, artifacts, bert
+from utils import artifacts, bert
 from utils.bert import matrices
 from utils.encodings import decode
-from utils.quantization import integer, transformer
+from utils.quantization import transformer
 from utils.quantization.codebook import StaticKMeans
 from utils.quantization.quantizer import attach, detach
 from utils.quantization.transformer import Gobo, GroupwiseQuantizer, Word2Bits
-from utils.quantization.uniform import ActivationQuantizer, UniformQuantizer, quantized_inputs
+from utils.quantization.uniform import ActivationQuantizer, EvenQuantizer, UniformQuantizer, quantized_inputs
 from utils.training import cross_entropy
 
 
@@ -107,13 +106,14 @@ def test_attention_divergence_is_scipys_and_ignores_padding(tiny, batch):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_groups_reach_from_one_range_per_tensor_to_one_per_neuron(weight, bits, symmetric):
     for groups, granularity in ((1, "tensor"), (48, "row"), (1000, "row")):
-        found = GroupwiseQuantizer(bits, groups, symmetric).quantize(weight)
+        found = GroupwiseQuantizer(bits, groups, "max", symmetric).quantize(weight)
         assert torch.equal(found, UniformQuantizer(bits, symmetric, granularity).quantize(weight))
+        assert torch.equal(GroupwiseQuantizer(bits, groups).quantize(weight), EvenQuantizer(bits, granularity).quantize(weight))
     lo, hi = weight.amin(1), weight.amax(1)
     scale = (hi - lo) / (2**bits - 1)
     expected = torch.fake_quantize_per_channel_affine(weight, scale, torch.round(-lo / scale).int(), 0, 0, 2**bits - 1)
-    torch.testing.assert_close(GroupwiseQuantizer(bits, 48).quantize(weight), expected, atol=1e-6, rtol=0)
-    twelve = GroupwiseQuantizer(bits, 12, symmetric)
+    torch.testing.assert_close(GroupwiseQuantizer(bits, 48, "max").quantize(weight), expected, atol=1e-6, rtol=0)
+    twelve = GroupwiseQuantizer(bits, 12, "max", symmetric)
     pieces = [UniformQuantizer(bits, symmetric).quantize(piece) for piece in weight.split(4)]
     torch.testing.assert_close(twelve.quantize(weight), torch.cat(pieces))
     assert twelve.encode(weight).nbytes == 48 * 32 * bits // 8 + 8 * 12
@@ -125,6 +125,26 @@ def test_the_number_of_groups_is_fitted_to_the_rows_and_finer_is_closer(weight):
     w = torch.randn(256, 64) * torch.rand(256, 1)
     errors = [(w - GroupwiseQuantizer(4, groups).quantize(w)).square().sum().item() for groups in (1, 8, 64, 256)]
     assert errors == sorted(errors, reverse=True)
+    assert GroupwiseQuantizer(4).groups == 128  # the paper's
+
+
+@pytest.mark.method("Q-30")
+def test_the_default_range_has_the_least_error_of_all_ranges(weight):
+    weight[3, 4] = 1.0  # an outlier that a range from the smallest to the largest weight reaches for
+    errors = {
+        clip: (weight - GroupwiseQuantizer(3, 12, clip).quantize(weight)).square().sum().item() for clip in ("even", "mse", "max")
+    }
+    default = (weight - GroupwiseQuantizer(3, 12).quantize(weight)).square().sum().item()
+    assert default == errors["even"] <= errors["mse"] * 1.001 and errors["mse"] < 0.8 * errors["max"]
+
+
+@pytest.mark.method("Q-30")
+def test_ranges_follow_the_weights_in_training(weight):
+    quantizer = GroupwiseQuantizer(3, 12).train()
+    quantizer.quantize(weight)
+    before = quantizer.levels(weight)[1].clone()
+    quantizer.quantize(1.1 * weight)
+    torch.testing.assert_close(quantizer.eval().levels(1.1 * weight)[1], 1.1 * before, rtol=0.02, atol=0)
 
 
 def full_hessian(model, batch, groups, layer):
@@ -160,6 +180,29 @@ def test_power_iteration_on_a_known_matrix_keeps_the_sign():
         H = Q @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ Q.T
         x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
         assert transformer.top_eigenvalue(0.5 * x @ H @ x, [x], 200, 1e-9) == pytest.approx(eigenvalues[0], rel=1e-4)
+
+
+@pytest.mark.method("Q-31")
+def test_slices_are_random_and_not_sorted_by_length(board):
+    train, pad = board.task.train, board.task.tokenizer.pad_token_id
+    slices = transformer.random_slices(train, 4, 16, pad)
+    rows = [int(row) for batch in slices for row in batch["rows"]]
+    assert len(set(rows)) == 64 and rows != sorted(rows) and all(batch["input_ids"].shape[0] == 16 for batch in slices)
+    lengths = [batch["attention_mask"].sum(1).float() for batch in slices]
+    spread = torch.tensor([len(ids) for ids in train.input_ids]).float().std()
+    assert min(length.std().item() for length in lengths) > spread / 2  # batches sorted by length hardly vary inside
+    assert [int(row) for batch in transformer.random_slices(train, 4, 16, pad, seed=1) for row in batch["rows"]] != rows
+    with pytest.raises(ValueError, match="has 96|has"):
+        transformer.random_slices(train, 50, 50, pad)
+
+
+@pytest.mark.method("Q-31")
+def test_the_control_of_an_allocation_has_its_bits_in_another_order():
+    bits = {0: 4, 1: 4, 2: 4, 3: 2, 4: 2, 5: 2}
+    others = [transformer.other_allocation(bits, seed) for seed in range(30)]
+    assert all(sorted(other.values()) == [2, 2, 2, 4, 4, 4] and list(other) == list(bits) and other != bits for other in others)
+    assert len({tuple(other.values()) for other in others}) > 5
+    assert transformer.other_allocation({0: 3, 1: 3}, 0) == {0: 3, 1: 3}
 
 
 @pytest.mark.method("Q-31")
@@ -218,8 +261,8 @@ def test_gobo_starts_from_equal_bins_and_stops_at_the_least_absolute_error():
 
 ALL = {
     **{f"word2bits-{b}": functools.partial(Word2Bits, bits=b) for b in (1, 2)},
-    **{f"groups-{b}-{g}-{s}": lambda w, b=b, g=g, s=s: GroupwiseQuantizer(b, g, s)
-       for b in (1, 2, 8) for g in (1, 12, 48) for s in (True, False)},
+    **{f"groups-{b}-{g}-{c}-{s}": lambda w, b=b, g=g, c=c, s=s: GroupwiseQuantizer(b, g, c, s)
+       for b in (1, 2, 8) for g in (1, 12, 48) for c, s in (("even", False), ("max", True), ("max", False))},
     **{f"gobo-{b}": functools.partial(Gobo, bits=b) for b in (1, 3, 8)},
 }  # fmt: skip
 
@@ -272,94 +315,3 @@ def test_files_hold_the_measured_model(tiny, batch, tmp_path):
     before = logits(tiny, batch)
     artifacts.save(tiny, tmp_path / "model", detach(tiny))
     torch.testing.assert_close(logits(artifacts.load(tmp_path / "model"), batch), before, atol=1e-5, rtol=0)
-
-
-# --- integer engines ------------------------------------------------------------------------------------------------
-
-
-def check_engine(engine, tiny, batch, tolerance):
-    found = engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-    expected = logits(tiny, batch)
-    assert found.shape == expected.shape and engine.nbytes > 0
-    assert 0 < (found - expected).abs().max() < tolerance
-
-
-def test_bfloat16_halves_the_bytes(tiny, batch):
-    engine = integer.float_engine(tiny)
-    check_engine(engine, tiny, batch, 0.02)
-    assert engine.nbytes < 0.6 * integer.float_engine(tiny, torch.float32).nbytes
-    assert tiny.dtype == torch.float32
-
-
-def test_torchao_int8_linears_are_integers_and_close(tiny, batch):
-    engine = integer.torchao_int8(tiny, compiled=False)
-    check_engine(engine, tiny, batch, 0.05)
-    assert (
-        isinstance(tiny.classifier.weight, torch.nn.Parameter)
-        and engine.nbytes < integer.float_engine(tiny, torch.float32).nbytes
-    )
-
-
-@pytest.mark.skipif(not integer.can_compile(), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_engine_computes_the_same_logits_at_any_length(tiny, batch):
-    engine = integer.float_engine(tiny, torch.float32, compiled=True)
-    torch.testing.assert_close(engine(**batch).logits, logits(tiny, batch), atol=1e-4, rtol=1e-3)
-    short = {name: value[:, :5] if value.dim() == 2 else value for name, value in batch.items()}
-    torch.testing.assert_close(engine(**short).logits, logits(tiny, short), atol=1e-4, rtol=1e-3)
-
-
-def test_compiling_needs_a_compiler(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not integer.can_compile()
-    monkeypatch.setenv("CXX", sys.executable)
-    assert integer.can_compile()
-
-
-def test_a_missing_engine_is_named():
-    with pytest.raises(CompanionError, match="needs no_such_engine"):
-        integer.optional("no_such_engine.quantization")
-
-
-@pytest.fixture
-def graphs(tiny, tmp_path):
-    """The same model exported, in float32 and in int8."""
-    integer.export_onnx(tiny, tmp_path / "float32.onnx")
-    integer.quantize_onnx(tmp_path / "float32.onnx", tmp_path / "int8.onnx")
-    return tmp_path
-
-
-def test_onnx_runtime_dynamic_int8_takes_any_batch_and_counts_both_files(tiny, batch, graphs):
-    plain = integer.onnx_runtime(graphs / "float32.onnx", tiny.config)
-    torch.testing.assert_close(plain(**batch).logits, logits(tiny, batch), atol=1e-4, rtol=0)
-    engine = integer.onnx_runtime(graphs / "int8.onnx", tiny.config)
-    check_engine(engine, tiny, batch, 0.05)
-    short = {name: value[:1, :5] if value.dim() == 2 else value[:1] for name, value in batch.items()}
-    check_engine(engine, tiny, short, 0.05)
-    assert engine.nbytes < plain.nbytes == sum(file.stat().st_size for file in graphs.glob("float32.onnx*"))
-    assert "MatMulInteger" in integer.onnx_operators(graphs / "int8.onnx")
-    assert "MatMulInteger" not in integer.onnx_operators(graphs / "float32.onnx")
-
-
-def test_left_out_fusions_change_kernels_and_no_logits(tiny, batch, graphs):
-    parts, fused = (
-        integer.onnx_runtime(graphs / "float32.onnx", tiny.config, disabled) for disabled in (["SkipLayerNormFusion"], [])
-    )
-    torch.testing.assert_close(parts(**batch).logits, fused(**batch).logits, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("given", "columns", "expected"), [(1, 5, (1, 8)), (3, 8, (4, 8)), (4, 9, (4, 16)), (9, 18, (4, 20))])
-def test_padding_repeats_shapes_and_changes_no_logits(tiny, given, columns, expected):
-    shapes = []
-
-    def run(ids, mask):
-        shapes.append(tuple(ids.shape))
-        return tiny(input_ids=ids, attention_mask=mask).logits
-
-    torch.manual_seed(0)
-    ids = torch.randint(1, tiny.config.vocab_size, (given, columns))
-    mask = torch.ones_like(ids)
-    mask[0, columns // 2 :] = 0
-    with torch.inference_mode():
-        padded = integer.in_few_shapes(run, longest=20, rows=4, length=8)(ids, mask)
-        torch.testing.assert_close(padded, run(ids, mask), atol=1e-5, rtol=1e-4)
-    assert set(shapes[:-1]) == {expected}

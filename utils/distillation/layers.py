@@ -37,7 +37,7 @@ def patience_loss(student_cls: torch.Tensor, teacher_cls: torch.Tensor) -> torch
 
 
 def patience(layers: LayerMap, projection: nn.Module | None = None) -> Objective:
-    """The patient term of K-20a and K-20b: [CLS] of intermediate layers, the mean over the mapped pairs. Sun et al. 2019, 4.4."""
+    """The patient term of K-20a and K-20b: [CLS] of intermediate layers, the mean over mapped pairs. Sun et al. 2019, 4.4."""
 
     def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
         pairs = [(student["cls", i], teacher["cls", j]) for i, j in layers.items()]
@@ -60,7 +60,7 @@ def patient_distillation(
 
 
 def hidden_states(layers: LayerMap, projection: nn.Module | None = None) -> Objective:
-    """Mean squared difference of the states (W_d applied to the student's), summed over the mapped layers. Jiao et al. 2019, 4.4.
+    """Mean squared difference of the states (of W_d times the student's), summed over mapped layers. Jiao et al. 2019, 4.4.
 
     Layer 0 are the embeddings: the map {0: 0} is TinyBERT's embedding loss.
     """
@@ -85,11 +85,12 @@ def token_pairs(attention_mask: torch.Tensor) -> torch.Tensor:
 def check_heads(student: torch.Tensor, teacher: torch.Tensor) -> None:
     """Raise ValueError where student and teacher do not have the same number of heads, (batch, heads, length, ...)."""
     if student.shape[1] != teacher.shape[1]:
-        raise ValueError(f"head learns from head: the student has {student.shape[1]} heads, its teacher {teacher.shape[1]}; give it as many")
+        counts = f"the student has {student.shape[1]}, its teacher {teacher.shape[1]}"
+        raise ValueError(f"each head learns from one head, so that both must have as many: {counts}")
 
 
 def score_loss(student: torch.Tensor, teacher: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of attention scores before their softmax, (batch, heads, length, length), over real pairs and heads.
+    """Mean squared difference of scores before their softmax, (batch, heads, length, length), over real pairs and heads.
 
     Raises ValueError for different numbers of heads.
     """
@@ -119,7 +120,7 @@ def tiny_bert_layers(layers: LayerMap, projection: nn.Module | None = None) -> O
 
 
 def relation_loss(student_scores: torch.Tensor, teacher_scores: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """KL(softmax(teacher) || softmax(student)) of each real token's row of scores over real tokens, the mean over rows and heads.
+    """KL(softmax(teacher) || softmax(student)) of each real token's row over real tokens, the mean over rows and heads.
 
     Scores (batch, heads, length, length): scaled products of queries and keys give attention, of values among themselves the
     value relation. Raises ValueError for different numbers of heads.
@@ -147,7 +148,7 @@ def attention_relation(student_layer: int, teacher_layer: int) -> Objective:
 
 
 def value_relation(student_layer: int, teacher_layer: int) -> Objective:
-    """MiniLM's second term: how alike the values of a layer's tokens are. Head sizes may differ. Wang et al. 2020, survey 4.4."""
+    """MiniLM's second term: how alike the values of a layer's tokens are. Head sizes may differ. Wang et al. 2020, 4.4."""
 
     def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
         mine, given = student["values", student_layer], teacher["values", teacher_layer]
@@ -186,9 +187,10 @@ def earth_movers_flow(cost: np.ndarray, student_weights: np.ndarray, teacher_wei
 
 
 def cost_attention(flow: np.ndarray, cost: np.ndarray, weights: np.ndarray, temperature: float) -> np.ndarray:
-    """New weights of the layers in rows: softmax(sum(c) / c_i / T), where c_i = sum_j Gamma_ij cost_ij / w_i is what a unit costs.
+    """New weights of the layers in rows: softmax(sum(c) / c_i / T), where c_i = sum_j Gamma_ij cost_ij / w_i.
 
-    A layer that is cheap to move counts more at the next step. Give the transposes for the teacher's layers.
+    c_i is what a unit of layer i costs: a layer that is cheap to move counts more at the next step. Give the transposes for the
+    teacher's layers.
     """
     unit = (flow * cost).sum(1) / weights.clip(min=1e-12)
     ratio = unit.sum() / unit.clip(min=1e-12) / temperature
@@ -242,8 +244,8 @@ def earth_movers(
 ) -> Objective:
     """K-26: every student layer may learn from every teacher layer, as much as the earth mover's distance moves between them.
 
-    `learn=False` keeps the layers' weights uniform. Its `loss` is an `EarthMover`, where flow and weights can be read. Li et al. 2020
-    (arXiv 2010.06133), survey 4.4. Raises ValueError for a temperature of 0 or less.
+    `learn=False` keeps the layers' weights uniform. Its `loss` is an `EarthMover`, where flow and weights can be read. Li et
+    al. 2020 (arXiv 2010.06133), survey 4.4. Raises ValueError for a temperature of 0 or less.
     """
     mover = EarthMover(student_layers, teacher_layers, projection, temperature, learn)
     mine = needs("hidden", range(1, student_layers + 1)) + needs("scores", range(1, student_layers + 1))

@@ -51,7 +51,7 @@ def noisy_logit_regression(share: float, sigma: float, relative: bool = False) -
     Raises ValueError for a share outside [0, 1] or a negative sigma.
     """
     check_share(share, "the share of noisy examples")
-    check_weight(sigma)
+    check_weight(sigma, "sigma")
     return Objective(lambda s, t, batch: logit_loss(s.logits, add_noise(t.logits, share, sigma, relative)))
 
 
@@ -61,8 +61,8 @@ def noisy_logit_regression(share: float, sigma: float, relative: bool = False) -
 def soft_target_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """T^2 KL(softmax(z_t / T) || softmax(z_s / T)), the mean over all but the last axis; zero where the two agree.
 
-    T^2 keeps the gradient's size as T grows: with C classes the loss tends to logit regression divided by C. Its gradient is that
-    of the cross-entropy that Hinton, Vinyals and Dean 2015 write. Survey 4.1.
+    T^2 keeps the gradient's size as T grows: with C classes the loss tends to logit regression divided by C. Its gradient is
+    that of the cross-entropy that Hinton, Vinyals and Dean 2015 write. Survey 4.1.
     """
     soft = (teacher_logits / temperature).softmax(-1)
     each = kl_div(log_softmax(student_logits / temperature, -1), soft, reduction="none").sum(-1)
@@ -98,12 +98,13 @@ def sobolev_loss(student: Outputs, teacher: Outputs, direction: torch.Tensor) ->
     """
     mine, given = input_gradient(student, direction, True), input_gradient(teacher, direction, False)
     if mine.shape != given.shape:
-        raise ValueError(f"student and teacher must read the same embeddings: theirs are {mine.shape[-1]} and {given.shape[-1]} wide")
+        widths = f"{mine.shape[-1]} and {given.shape[-1]}"
+        raise ValueError(f"student and teacher must read the same embeddings, but theirs are {widths} wide")
     return (mine - given.detach()).pow(2).sum((1, 2)).mean()
 
 
 def sobolev(weight: float = 1.0) -> Objective:
-    """K-04: soft targets (T = 1) and, with `weight`, the derivative by the embedded input along one random direction a sentence.
+    """K-04: soft targets (T = 1) and, with `weight`, the derivative by the embedded input along one random direction.
 
     The stochastic, first-order form of Czarnecki et al. 2017, survey 4.1. Log-probabilities, so that no shift of the logits
     costs. Needs a `LiveTeacher` with the same word embeddings as the student.
@@ -112,7 +113,8 @@ def sobolev(weight: float = 1.0) -> Objective:
 
     def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
         direction = nn.functional.normalize(torch.randn_like(student.logits), dim=-1)
-        return soft_target_loss(student.logits, teacher.logits, 1.0) + weight * sobolev_loss(student, teacher, direction)
+        soft = soft_target_loss(student.logits, teacher.logits.detach(), 1.0)
+        return soft + weight * sobolev_loss(student, teacher, direction)
 
     return Objective(loss, needs("inputs", (0,)), needs("inputs", (0,)))
 
@@ -149,7 +151,7 @@ def hints(student_layer: int, teacher_layer: int, projection: nn.Module | None =
 
 
 def gram(lower: torch.Tensor, upper: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """G = F_1^T F_2 / n, the mean over a sentence's n real tokens: (batch, size, size) of two features (batch, length, size)."""
+    """G = F_1^T F_2 / n, the mean over a sentence's n real tokens: (batch, size, size) of features (batch, length, size)."""
     mask = attention_mask.unsqueeze(-1)
     return (lower * mask).float().transpose(1, 2) @ upper.float() / mask.sum(1, keepdim=True)
 
@@ -161,13 +163,15 @@ def flow_matrices(
     width: int = 64,
     seed: int = 0,
 ) -> Objective:
-    """K-08: match how features change from a lower to an upper layer, FSP matrices between pairs of layers. Yim et al. 2017, 4.1.
+    """K-08: match how features change from a lower to an upper layer, the FSP matrices of pairs. Yim et al. 2017, 4.1.
 
     The mean squared difference over entries and pairs. BERT's matrices would have 384^2 entries and more, so that both models'
-    states first pass one fixed random projection to `width`. Raises ValueError for lists of different lengths, or none.
+    states first pass one fixed random projection to `width`. In the paper a first stage, before the task. Raises ValueError for
+    lists of different lengths, or none.
     """
     if len(student_pairs) != len(teacher_pairs) or not student_pairs:
-        raise ValueError(f"as many pairs of student as of teacher layers, one or more: got {len(student_pairs)}, {len(teacher_pairs)}")
+        counts = f"{len(student_pairs)} and {len(teacher_pairs)}"
+        raise ValueError(f"give as many pairs of student layers as of teacher layers, one or more; got {counts}")
     generator = torch.Generator().manual_seed(seed)
     fixed: dict[int, torch.Tensor] = {}
 
@@ -179,9 +183,10 @@ def flow_matrices(
 
     def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
         total, like = 0.0, teacher["hidden", teacher_pairs[0][0]]
-        for mine, given in zip(student_pairs, teacher_pairs, strict=True):
-            theirs = gram(*(reduced(teacher, layer, None, like) for layer in given), student.attention_mask)
-            total += mse_loss(gram(*(reduced(student, layer, projection, like) for layer in mine), student.attention_mask), theirs)
+        for pair, teacher_pair in zip(student_pairs, teacher_pairs, strict=True):
+            mine = gram(*(reduced(student, layer, projection, like) for layer in pair), student.attention_mask)
+            given = gram(*(reduced(teacher, layer, None, like) for layer in teacher_pair), student.attention_mask)
+            total += mse_loss(mine, given)
         return total / len(student_pairs)
 
     layers = [tuple(dict.fromkeys(layer for pair in pairs for layer in pair)) for pairs in (student_pairs, teacher_pairs)]
@@ -224,9 +229,9 @@ def representational_distance(layers: dict[int, int]) -> Objective:
 
 
 def word_level_loss(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, words: torch.Tensor, teacher_weight: float, temperature: float = 1.0
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, words: torch.Tensor, teacher_weight: float, temperature: float = 1
 ) -> torch.Tensor:
-    """kappa * T^2 KL(teacher || student) + (1 - kappa) * cross-entropy with the gold word, the mean over the positions to predict.
+    """kappa * T^2 KL(teacher || student) + (1 - kappa) * cross-entropy with the gold word, the mean over predicted positions.
 
     Logits (batch, length, words), `words` (batch, length) with -100 where nothing is predicted. Kim and Rush 2016 (survey 4.1)
     for a decoder's next word; here for the words that a masked language model predicts.
@@ -258,7 +263,7 @@ def interpolated_outputs(beam: float = 0.1) -> Objective:
     Kim and Rush take it from the beam by BLEU; here the beam are the classes with a probability of at least `beam`. 0 gives the
     labels, above 1 the teacher's best outputs. Survey 4.1. Raises ValueError for a negative or infinite `beam`.
     """
-    check_weight(beam)
+    check_weight(beam, "beam")
     return Objective(lambda s, t, batch: cross_entropy(s.logits, nearest_outputs(t.logits, batch["labels"], beam)))
 
 

@@ -1,4 +1,4 @@
-"""What a method of distillation is: a loss over (student outputs, teacher outputs, batch), and the one loop that trains with it.
+"""What a method of distillation is: a loss over (student outputs, teacher outputs, batch); and the one loop that trains.
 
 Objectives add and multiply: `0.9 * soft_targets(2.0) + 0.1 * labels()`. An objective says what it reads of student and teacher
 (`utils.distillation.outputs`), and carries the projection that trains beside the student, where it needs one.
@@ -43,10 +43,10 @@ class Objective:
         return Objective(scaled, self.student, self.teacher, self.modules)
 
 
-def check_weight(weight: float) -> None:
-    """Raise ValueError unless the weight of a loss is a finite number of at least 0."""
+def check_weight(weight: float, what: str = "the weight of a loss") -> None:
+    """Raise ValueError unless a weight (or what else is named) is a finite number of at least 0."""
     if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"the weight of a loss must be finite and at least 0, got {weight}")
+        raise ValueError(f"{what} must be finite and at least 0, got {weight}")
 
 
 def check_share(share: float, what: str) -> None:
@@ -67,7 +67,7 @@ def check_temperature(temperature: float) -> None:
 def layer_map(kind: str, student_layers: int, teacher_layers: int) -> LayerMap:
     """The teacher layer of each student layer 1..S, of T teacher layers.
 
-    `first`: i; `last`: T - S + i; `skip`: i * floor(T / S), every so-manieth layer (PKD); `uniform`: i * T / S rounded, the ends of
+    `first`: i; `last`: T - S + i; `skip`: i * floor(T / S), every k-th layer (PKD); `uniform`: i * T / S rounded, the ends of
     equal blocks (TinyBERT). The last two are one map where S divides T. Raises ValueError for another kind, or S outside 1..T.
     """
     S, T = student_layers, teacher_layers
@@ -78,16 +78,6 @@ def layer_map(kind: str, student_layers: int, teacher_layers: int) -> LayerMap:
     if kind not in maps:
         raise ValueError(f"unknown layer map {kind!r}: choose from {', '.join(maps)}")
     return {i: maps[kind](i) for i in range(1, S + 1)}
-
-
-def check_map(pairs: LayerMap, student_layers: int, teacher_layers: int) -> None:
-    """Raise ValueError for a map that names a layer which student or teacher does not have."""
-    for number, (mine, given) in enumerate(pairs.items()):
-        if not (0 <= mine <= student_layers and 0 <= given <= teacher_layers):
-            raise ValueError(f"pair {number} maps student layer {mine} to teacher layer {given}: the student has layers "
-                             f"0..{student_layers}, the teacher 0..{teacher_layers} (0: embeddings)")  # fmt: skip
-    if not pairs:
-        raise ValueError("a layer map needs one pair of layers or more")
 
 
 def projector(student_size: int, teacher_size: int) -> nn.Linear:

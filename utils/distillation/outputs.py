@@ -1,9 +1,9 @@
-"""What student and teacher give: logits, and whatever of their inside a loss reads; and the teacher's, computed once and cached.
+"""What student and teacher give: logits and whatever of their inside a loss reads; the teacher's computed once and cached.
 
 A loss names what it reads as pairs (kind, layer). Layer 0 is the embedding block, layers 1 to L are the encoder's. Kinds, with
-their shapes: `hidden` (batch, length, hidden size), `cls` (batch, hidden size: the first position), `scores` (batch, heads, length,
-length: attention before its softmax, divided by the root of the head size), `queries`, `keys`, `values` (batch, heads, length, head
-size), and `inputs` (the word embeddings, as a point at which one may differentiate; layer 0 only).
+their shapes: `hidden` (batch, length, hidden size), `cls` (batch, hidden size: the first position), `scores` (batch, heads,
+length, length: attention before its softmax, divided by the root of the head size), `queries`, `keys`, `values` (batch, heads,
+length, head size), and `inputs` (the word embeddings, as a point at which one may differentiate; layer 0 only).
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,10 +26,11 @@ from utils.tasks import Split, Task
 
 Need = tuple[str, int]
 PROJECTIONS = {"queries": "query", "keys": "key", "values": "value"}
-SOURCES = {"hidden": ("hidden",), "cls": ("hidden",), "scores": ("queries", "keys"), "inputs": ("inputs",)} | {
-    kind: (kind,) for kind in PROJECTIONS
-}  # what is watched to get a kind
-TOKENS = {"hidden": (0,), "cls": (), "scores": (1, 2)} | {kind: (1,) for kind in PROJECTIONS}  # axes of an example that are tokens
+# What is watched to get a kind.
+SOURCES = {"hidden": ("hidden",), "cls": ("hidden",), "scores": ("queries", "keys"), "inputs": ("inputs",)}
+SOURCES |= {kind: (kind,) for kind in PROJECTIONS}
+# The axes of one example that are tokens.
+TOKENS = {"hidden": (0,), "cls": (), "scores": (1, 2), "queries": (1,), "keys": (1,), "values": (1,)}
 STORED = tuple(TOKENS)
 
 
@@ -57,7 +58,7 @@ class Outputs:
 
     logits: torch.Tensor  # (batch, classes)
     attention_mask: torch.Tensor  # (batch, length)
-    states: dict[Need, torch.Tensor] = field(default_factory=dict)
+    states: Mapping[Need, torch.Tensor] = field(default_factory=dict)
     members: tuple["Outputs", ...] = ()  # of a teacher that is several
 
     def __getitem__(self, need: Need) -> torch.Tensor:
@@ -191,24 +192,22 @@ class CachedTeacher:
 
     def __call__(self, batch: dict) -> Outputs:
         """The stored outputs of a batch's rows, padded like the batch, on its device, in float32."""
-        start = time.perf_counter()
         rows, mask = torch.as_tensor(batch["rows"]), batch["attention_mask"]
         if int(rows.max()) >= len(self) or not torch.equal(self.lengths[rows], mask.sum(1).cpu()):
             raise ValueError(f"the batch is not of the split of {len(self)} examples whose outputs are cached")
-        states = {need: self._padded(need, rows.tolist(), mask.shape[1]).to(mask.device) for need in self.wanted}
         self.rows_read += len(rows)
-        self.read_seconds += time.perf_counter() - start
-        return Outputs(self.logits[rows].to(mask.device), mask, states)
+        return Outputs(self.logits[rows].to(mask.device), mask, _Stored(self, rows.tolist(), mask))
 
-    def _padded(self, need: Need, rows: list[int], length: int) -> torch.Tensor:
-        """(batch, ...) with zeros where there are no tokens."""
-        kind = need[0]
+    def padded(self, need: Need, rows: list[int], mask: torch.Tensor) -> torch.Tensor:
+        """A need of the given rows, (batch, ...), with zeros where the mask (batch, length) has no tokens."""
+        start, kind = time.perf_counter(), need[0]
         values, starts = self._stored(need)
-        padded = torch.zeros(len(rows), *_shape(kind, self.shapes[kind], length))
+        padded = torch.zeros(len(rows), *_shape(kind, self.shapes[kind], mask.shape[1]))
         for place, row in zip(padded, rows, strict=True):
             inner = place[_inside(kind, int(self.lengths[row]))]
             inner.copy_(values[starts[row] : starts[row] + inner.numel()].view(inner.shape))
-        return padded
+        self.read_seconds += time.perf_counter() - start
+        return padded.to(mask.device)
 
     def _stored(self, need: Need) -> tuple[torch.Tensor, np.ndarray]:
         """All stored values of a need in a row, and where each example begins."""
@@ -219,12 +218,26 @@ class CachedTeacher:
             self.loaded[need] = (values, np.concatenate([[0], np.cumsum(sizes)]))
         return self.loaded[need]
 
-    def only(self, wanted: Iterable[Need]) -> "CachedTeacher":
-        """The same cache, read for fewer needs: a step pays for what its loss reads. ValueError for what it lacks."""
-        check_supply(self, wanted)
-        teacher = CachedTeacher(self.folder)
-        teacher.wanted = tuple(dict.fromkeys(wanted))
-        return teacher
+
+class _Stored(Mapping):
+    """The stored states of one batch. Each is read when it is asked for, so that a step pays for what its loss reads."""
+
+    def __init__(self, teacher: CachedTeacher, rows: list[int], mask: torch.Tensor):
+        self.teacher, self.rows, self.mask = teacher, rows, mask
+        self.read: dict[Need, torch.Tensor] = {}
+
+    def __getitem__(self, need: Need) -> torch.Tensor:
+        if need not in self.teacher.wanted:
+            raise KeyError(need)
+        if need not in self.read:
+            self.read[need] = self.teacher.padded(need, self.rows, self.mask)
+        return self.read[need]
+
+    def __iter__(self) -> Iterator[Need]:
+        return iter(self.teacher.wanted)
+
+    def __len__(self) -> int:
+        return len(self.teacher.wanted)
 
 
 Teacher = Callable[[dict], Outputs]
@@ -235,8 +248,8 @@ def cached_teacher(
 ) -> CachedTeacher:
     """The teacher's outputs on a split (default: the training sentences), computed once and kept in the cache.
 
-    `wanted` names what is stored beside the logits. Two bytes a number; padding is not stored. Raises ValueError for a kind that
-    cannot be stored, and for values that `dtype` cannot hold.
+    `wanted` names what is stored beside the logits. Two bytes a number; padding is not stored. Raises ValueError for a kind
+    that cannot be stored, and for values that `dtype` cannot hold.
     """
     wanted, split = tuple(sorted(set(wanted))), split or task.train
     unknown = sorted({kind for kind, _ in wanted} - set(STORED))
@@ -278,7 +291,7 @@ class _Builder:
         (folder / "facts.json").write_text(json.dumps(facts))
 
     def _pass(self, lengths: torch.Tensor) -> tuple[torch.Tensor, dict[Need, dict[int, torch.Tensor]], dict[str, list[int]]]:
-        """Logits (examples, classes), the flat values of each example for every need, and the shapes (of one example) they had."""
+        """Logits (examples, classes), every need's flat values by example, and the shapes (of one example) they had."""
         teacher, device = LiveTeacher(self.model, self.wanted), next(self.model.parameters()).device
         rows, logits, pieces, shapes = [], [], {need: {} for need in self.wanted}, {}
         for batch in tasks.batches(self.split, 64, self.pad_token_id):

@@ -21,8 +21,9 @@ from utils.trials import Trial
 class Exchange:
     """How peers learn from each other.
 
-    `burn_in` steps with labels alone come first. A peer sees the others as they were at their last multiple of `interval` updates (1:
-    as they are now). `weight` is that of the peers' term. With `own_order` every peer reads the data in an order of its own.
+    `burn_in` steps with labels alone come first. A peer sees the others as they were at their last multiple of `interval`
+    updates (1: as they are now). `weight` is that of the peers' term. With `own_order` every peer reads the data in an order of
+    its own.
     """
 
     burn_in: int = 0
@@ -57,7 +58,7 @@ def mutual_learning(trials: list[Trial], steps: int, learning_rate: float | None
 
 
 def codistillation(trials: list[Trial], exchange: Exchange, steps: int, learning_rate: float | None = None) -> None:
-    """K-13: peers that begin alone and exchange checkpoints rarely, so that each learns from stale copies of the others, in place.
+    """K-13: peers that begin alone and exchange checkpoints rarely: each learns from stale copies of the others, in place.
 
     `Exchange(burn_in=0, interval=1)` is mutual learning. Anil et al. 2018 (arXiv 1804.03235), survey 4.2.
     """
@@ -76,6 +77,7 @@ def train_peers(trials: list[Trial], exchange: Exchange, steps: int, learning_ra
         torch.manual_seed(trials[0].seed)
         for trial in trials:
             plain = next(trial.model.parameters()).device.type == "cpu"
+            modes.enter_context(trial.within(trial.model))
             modes.enter_context(training.frozen_embeddings(trial.model))
             modes.enter_context(bert.fastest_attention(trial.model, "eager" if plain else "sdpa"))
             modes.enter_context(training.training_mode(trial.model))

@@ -1,6 +1,7 @@
 """Survey section 4.1: students that are their teacher in fewer bits: Apprentice, quantized distillation, learned levels.
 
-A weight is held by a parametrization while it trains; `burn_in` puts the quantized values in place and says how they are stored.
+A weight is held by a parametrization while it trains; `burn_in` puts the quantized values in place and says how they are
+stored.
 """
 
 import torch
@@ -21,14 +22,14 @@ from utils.encodings import Encoded
 def grid(weight: torch.Tensor, bits: int, bucket: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes (rows, columns) and the scale and zero (rows, columns / bucket) of value = scale * (code - zero).
 
-    Linear scaling: a bucket's least weight has code 0, its greatest 2^bits - 1. Polino et al. 2018, survey 4.1. Raises ValueError
-    for a bucket that does not divide the columns.
+    Linear scaling: a bucket's least weight has code 0, its greatest 2^bits - 1. Polino et al. 2018, survey 4.1. Raises
+    ValueError for a bucket that does not divide the columns.
     """
     if bucket < 1 or weight.shape[1] % bucket:
         raise ValueError(f"bucket must divide the {weight.shape[1]} columns, got {bucket}")
     grouped = weight.detach().float().unflatten(1, (-1, bucket))
     low, high = grouped.amin(-1), grouped.amax(-1)
-    scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = torch.where(high > low, (high - low) / (2**bits - 1), 1.0)  # a bucket of one value needs no scale
     codes = ((grouped - low.unsqueeze(-1)) / scale.unsqueeze(-1)).round().clamp(0, 2**bits - 1)
     return codes.flatten(1), scale, -low / scale
 
@@ -76,8 +77,8 @@ def apprentice(hard_weight: float = 0.5, soft_weight: float = 0.5) -> Objective:
     The student starts from full-precision weights, goes to low precision (`lower_precision`), and is fine-tuned; its teacher is
     fixed, so that the teacher's own term of the loss has no gradient and is left out. Mishra and Marr 2017, survey 4.1.
     """
-    check_weight(hard_weight)
-    check_weight(soft_weight)
+    check_weight(hard_weight, "hard_weight")
+    check_weight(soft_weight, "soft_weight")
 
     def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
         soft = -(teacher.logits.softmax(-1) * log_softmax(student.logits, -1)).sum(-1).mean()
@@ -136,15 +137,10 @@ def burn_in(model: nn.Module) -> dict[str, Encoded]:
     for name, module in list(model.named_modules()):
         if parametrize.is_parametrized(module, "weight") and hasattr(module.parametrizations.weight[0], "encode"):
             held = module.parametrizations.weight
-            stored[f"{name}.weight"] = held[0].encode(held.original.detach().cpu()) if not held.original.is_cuda else _on_cpu(held)
+            stored[f"{name}.weight"] = held[0].encode(held.original.detach())
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
             module.weight.requires_grad_(True)
     return stored
-
-
-def _on_cpu(held: nn.Module) -> Encoded:
-    """What a parametrized weight stores; codes are packed on the CPU."""
-    return held[0].cpu().encode(held.original.detach().cpu())
 
 
 def _check_bits(bits: int) -> None:

@@ -4,7 +4,10 @@ MT-DNN's ensemble (survey 4.4) is here too: it is a mean of teachers for some of
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, triplet_margin_loss
 
 from utils import bert
-from utils.distillation.losses import soft_target_loss, soft_targets, with_labels
+from utils.distillation.losses import soft_target_loss, with_labels
 from utils.distillation.objective import Objective, check_share, check_temperature, check_weight, distill
 from utils.distillation.outputs import Need, Outputs, Teacher, needs, size_of
 from utils.tasks import Split, Task
@@ -27,12 +30,12 @@ def teacher_assistant(
 ) -> None:
     """K-14: train the models of a chain in turn, each by the one before: assistants first, the student last, in place.
 
-    `objective(i)` is the loss of the chain's member i, `teach(trial)` makes a teacher of a trained assistant (a cache of its outputs).
-    With one member it is plain distillation; with `mini_lm` it is MiniLM's assistant. Mirzadeh et al. 2019 (arXiv 1902.03393),
-    survey 4.3. Raises ValueError for an empty chain, or one that grows.
+    `objective(i)` is the loss of the chain's member i, `teach(trial)` makes a teacher of a trained assistant (a cache of its
+    outputs). With one member it is plain distillation; with `mini_lm` it is MiniLM's assistant. Mirzadeh et al. 2019 (arXiv
+    1902.03393), survey 4.3. Raises ValueError for an empty chain, or one that grows.
     """
     sizes = [teacher.size.parameters, *(size_of(trial.model).parameters for trial in chain)]
-    if not chain or any(later > earlier for earlier, later in zip(sizes, sizes[1:], strict=False)):
+    if not chain or any(later > earlier for earlier, later in itertools.pairwise(sizes)):
         raise ValueError(f"a chain needs one member or more, none larger than the one before it: its parameters are {sizes}")
     for number, trial in enumerate(chain):
         if number:
@@ -43,41 +46,58 @@ def teacher_assistant(
 # --- K-15 averaged teachers, K-23 MT-DNN's ensemble -----------------------------------------------------------------
 
 
-class AveragedTeachers:
-    """K-15: several teachers that speak as one: their probabilities at the temperature are averaged. Survey 4.3.
+def mean_prediction(logits: Sequence[torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
+    """log of the mean over teachers of softmax(z / T): (batch, classes)."""
+    each = torch.stack([log_softmax(one / temperature, -1) for one in logits])
+    return each.logsumexp(0) - math.log(len(each))
 
-    Its logits are T log of the mean, so that `soft_targets(T)` sees just the mean; `members` keeps what each gave. Raises ValueError
-    for no teacher and for a temperature of 0 or less.
+
+class AveragedTeachers:
+    """Several teachers that speak as one: their probabilities are averaged; `members` keeps what each gave.
+
+    Its logits are the logarithm of the mean, its states those of the first. Survey 4.3. Raises ValueError without a teacher.
     """
 
-    def __init__(self, teachers: Sequence[Teacher], temperature: float = 1.0):
-        check_temperature(temperature)
+    def __init__(self, teachers: Sequence[Teacher]):
         if not teachers:
             raise ValueError("averaging needs one teacher or more")
-        self.teachers, self.temperature = list(teachers), temperature
+        self.teachers = list(teachers)
         self.size = max((teacher.size for teacher in teachers), key=lambda size: size.parameters)
         self.wanted: tuple[Need, ...] = tuple(set.intersection(*(set(teacher.wanted) for teacher in teachers)))
 
     def __call__(self, batch: dict) -> Outputs:
         """The mean prediction, the states of the first teacher, and all members."""
         members = tuple(teacher(batch) for teacher in self.teachers)
-        mean = torch.stack([log_softmax(member.logits / self.temperature, -1) for member in members]).logsumexp(0)
-        logits = self.temperature * (mean - np.log(len(members)))
+        logits = mean_prediction([member.logits for member in members])
         return Outputs(logits, batch["attention_mask"], members[0].states, members)
+
+
+def averaged_targets(temperature: float = 2.0, teacher_weight: float = 0.5) -> Objective:
+    """K-15: (1 - kappa) labels + kappa T^2 KL(mean of the teachers' p_t || p_s), all at T, for `AveragedTeachers`.
+
+    With one teacher it is K-03. Survey 4.3. Raises ValueError for T <= 0 and for a weight outside [0, 1].
+    """
+    check_temperature(temperature)
+
+    def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
+        mean = mean_prediction([member.logits for member in teacher.members or (teacher,)], temperature)
+        return soft_target_loss(student.logits, temperature * mean, temperature)
+
+    return with_labels(Objective(loss), teacher_weight)
 
 
 def task_rows(label_counts: Sequence[int]) -> list[slice]:
     """The logits of each task where one classifier holds the classes of all, one task after the other."""
     ends = np.cumsum([0, *label_counts]).tolist()
-    return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def multi_task(label_counts: Sequence[int], taught: Sequence[bool], task_of: torch.Tensor) -> Objective:
-    """K-23: tasks share the encoder; a task's loss is the mean of hard and soft cross-entropy where it has a teacher, else the hard.
+    """K-23: tasks share the encoder; a task with a teacher takes the mean of hard and soft cross-entropy, others the hard.
 
-    `task_of` (examples,) is the task of each row of the split, `taught` says which tasks have a teacher; labels count from 0 within
-    their task, and student and teacher hold all tasks' classes in one classifier (`task_rows`). The teacher may be an ensemble
-    (`AveragedTeachers`). Liu et al. 2019 (arXiv 1904.09482), survey 4.4.
+    `task_of` (examples,) is the task of each row of the split, `taught` says which tasks have a teacher; labels count from 0
+    within their task, and student and teacher hold all tasks' classes in one classifier (`task_rows`). The teacher may be an
+    ensemble (`AveragedTeachers`). Liu et al. 2019 (arXiv 1904.09482), survey 4.4.
     """
     slices = task_rows(label_counts)
 
@@ -87,18 +107,13 @@ def multi_task(label_counts: Sequence[int], taught: Sequence[bool], task_of: tor
             mine, labels = student.logits[here == number][:, slices[number]], batch["labels"][here == number]
             one = cross_entropy(mine, labels)
             if taught[number]:
-                soft = ensemble_prediction(teacher, slices[number])[here == number]
+                members = [member.logits[here == number][:, slices[number]] for member in teacher.members or (teacher,)]
+                soft = mean_prediction(members).exp()
                 one = (one - (soft * log_softmax(mine, -1)).sum(-1).mean()) / 2
             total = total + one * len(labels)
         return total / len(here)
 
     return Objective(loss)
-
-
-def ensemble_prediction(teacher: Outputs, classes: slice) -> torch.Tensor:
-    """Mean probabilities over a task's classes of all members, or of the one teacher: (batch, classes of the task)."""
-    logits = [member.logits for member in teacher.members] or [teacher.logits]
-    return torch.stack([one[:, classes].softmax(-1) for one in logits]).mean(0)
 
 
 # --- K-16 relative dissimilarity, by vote ---------------------------------------------------------------------------
@@ -134,10 +149,10 @@ def random_triplets(count: int, examples: int, device: torch.device) -> torch.Te
 def voted_dissimilarity(student_layer: int, teacher_layers: Sequence[int], margin: float = 0.1, count: int = 64) -> Objective:
     """K-16: the student shall find nearer what most teachers find nearer, at [CLS] of one layer each, for random triplets.
 
-    Added to averaged distillation (`voted_distillation`). You et al. 2017, survey 4.3. Needs `AveragedTeachers`. Raises ValueError for a
-    negative margin, and where there are not as many teachers as layers.
+    It is added to `averaged_targets`. You et al. 2017, survey 4.3. Needs `AveragedTeachers`. Raises ValueError for a negative
+    margin, and where there are not as many teachers as layers.
     """
-    check_weight(margin)
+    check_weight(margin, "margin")
 
     def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
         if len(teacher.members) != len(teacher_layers):
@@ -150,19 +165,14 @@ def voted_dissimilarity(student_layer: int, teacher_layers: Sequence[int], margi
     return Objective(loss, needs("cls", (student_layer,)))
 
 
-def voted_distillation(objective: Objective, temperature: float = 2.0, teacher_weight: float = 0.5) -> Objective:
-    """K-16 whole: labels, the teachers' mean prediction, and a vote (`voted_dissimilarity`, times its weight)."""
-    return with_labels(soft_targets(temperature), teacher_weight) + objective
-
-
 # --- K-17 generalist and specialists --------------------------------------------------------------------------------
 
 
 def confusable_subsets(probabilities: torch.Tensor, count: int, seed: int = 0) -> list[list[int]]:
     """Cut the classes into `count` sets that the generalist confuses: k-means on the columns of its predictions' covariance.
 
-    `probabilities` (examples, classes). Sets of one class are dropped: nothing in them can be confused. Hinton et al. 2015, survey 4.3.
-    Raises ValueError unless 1 <= count < classes.
+    `probabilities` (examples, classes). Sets of one class are dropped: nothing in them can be confused. Hinton et al. 2015,
+    survey 4.3. Raises ValueError unless 1 <= count < classes.
     """
     classes = probabilities.shape[1]
     if not 1 <= count < classes:
@@ -191,8 +201,8 @@ def merge_probabilities(probabilities: torch.Tensor, subset: Sequence[int]) -> t
 def specialist_task(task: Task, subset: Sequence[int], seed: int = 0) -> tuple[Task, float]:
     """The specialist's task: all training sentences of its subset and as many random others, labels merged.
 
-    Also returns how much more often a class of the subset occurs there than in the data: the dustbin's logit must rise by its
-    logarithm (`unbiased`). Raises ValueError for a subset without a sentence, or one that leaves none.
+    Also returns how many times the subset is oversampled against the dustbin, whose logit must rise by its logarithm
+    (`unbiased`). Raises ValueError for a subset without a sentence, or one that leaves none.
     """
     labels = task.train.labels
     special = torch.isin(labels, torch.tensor(list(subset)))
@@ -204,9 +214,8 @@ def specialist_task(task: Task, subset: Sequence[int], seed: int = 0) -> tuple[T
     train = _part(task.train, rows.sort().values, subset)
     splits = {name: _part(getattr(task, name), None, subset) for name in ("validation", "selection")}
     names = [*(task.label_names[label] for label in subset), "other"]
-    oversampled = (len(inside) / len(rows)) / (len(inside) / len(labels)) / ((count / len(rows)) / (len(outside) / len(labels)))
     key = f"{task.key}-specialist-{'-'.join(map(str, subset))}-{seed}"
-    return dataclasses.replace(task, train=train, label_names=names, key=key, **splits), oversampled
+    return dataclasses.replace(task, train=train, label_names=names, key=key, **splits), len(outside) / count
 
 
 def _part(split: Split, rows: torch.Tensor | None, subset: Sequence[int]) -> Split:
@@ -226,49 +235,54 @@ def specialist_from(generalist: nn.Module, subset: Sequence[int]) -> nn.Module:
     head = nn.Linear(weight.shape[1], len(subset) + 1).to(weight)
     head.weight.copy_(torch.cat([weight[list(subset)], weight[others].mean(0, keepdim=True)]))
     # As probable as all the others together, were they equally likely.
-    head.bias.copy_(torch.cat([bias[list(subset)], bias[others].mean(0, keepdim=True) + np.log(len(others))]))
+    head.bias.copy_(torch.cat([bias[list(subset)], bias[others].mean(0, keepdim=True) + math.log(len(others))]))
     model.classifier, model.num_labels, model.config.num_labels = head, len(head.bias), len(head.bias)
     return model
 
 
 def unbiased(specialist_logits: torch.Tensor, oversampled: float) -> torch.Tensor:
-    """The specialist's logits as if it had seen the classes as often as the data has them: the dustbin rises by log(oversampled)."""
+    """The specialist's logits as if it had seen its classes as often as the data has them."""
     corrected = specialist_logits.clone()
-    corrected[..., -1] += float(np.log(oversampled))
+    corrected[..., -1] += math.log(oversampled)
     return corrected
 
 
-def specialist_loss(
-    logits: torch.Tensor, generalist: torch.Tensor, specialists: Sequence[torch.Tensor], subsets: Sequence[Sequence[int]], top: int = 1
-) -> torch.Tensor:
+class Opinion(NamedTuple):
+    """What a specialist says of a batch: probabilities (batch, subset + 1, the dustbin last) over the classes of its subset."""
+
+    probabilities: torch.Tensor
+    subset: Sequence[int]
+
+
+def specialist_loss(logits: torch.Tensor, generalist: torch.Tensor, opinions: Sequence[Opinion], top: int = 1) -> torch.Tensor:
     """KL(p_g || q) + the sum over the active specialists m of KL(p_m || q merged to m's classes), one value an example.
 
-    q = softmax(logits), (batch, classes); `generalist` holds p_g, `specialists` each p_m, (batch, subset + 1). Specialist m is active
-    where its subset holds one of the generalist's `top` classes. Hinton et al. 2015, survey 4.3.
+    q = softmax(logits), (batch, classes); `generalist` holds p_g. A specialist is active where its subset holds one of the
+    generalist's `top` classes. Hinton et al. 2015, survey 4.3.
     """
-    q = logits.softmax(-1)
+    q, likely = logits.softmax(-1), generalist.topk(top, -1).indices
     loss = kl_div(log_softmax(logits, -1), generalist, reduction="none").sum(-1)
-    likely = generalist.topk(top, -1).indices
-    for p, subset in zip(specialists, subsets, strict=True):
+    for p, subset in opinions:
         active = torch.isin(likely, torch.tensor(list(subset), device=likely.device)).any(-1)
         merged = merge_probabilities(q, subset).clamp(min=torch.finfo(q.dtype).tiny)
         loss = loss + active * kl_div(merged.log(), p, reduction="none").sum(-1)
     return loss
 
 
-def combined_prediction(
-    generalist: torch.Tensor, specialists: Sequence[torch.Tensor], subsets: Sequence[Sequence[int]], top: int = 1
-) -> torch.Tensor:
+def combined_prediction(generalist: torch.Tensor, opinions: Sequence[Opinion], top: int = 1) -> torch.Tensor:
     """K-17: q of least `specialist_loss` for every example, (batch, classes): what generalist and specialists say together.
 
-    Found by L-BFGS from the generalist's own prediction.
+    Found by L-BFGS from the generalist's own prediction, (batch, classes).
     """
-    logits = generalist.double().clamp(min=1e-12).log().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+    p_g = generalist.double()
+    opinions = [Opinion(one.probabilities.double(), one.subset) for one in opinions]
+    logits = p_g.clamp(min=1e-12).log().requires_grad_()
+    options = {"max_iter": 200, "tolerance_grad": 1e-9, "tolerance_change": 1e-12, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([logits], **options)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = specialist_loss(logits, generalist.double(), [p.double() for p in specialists], subsets, top).sum()
+        loss = specialist_loss(logits, p_g, opinions, top).sum()
         loss.backward()
         return loss
 
@@ -276,20 +290,30 @@ def combined_prediction(
     return logits.detach().softmax(-1).to(generalist.dtype)
 
 
-def specialists_teach(specialists: Sequence[Teacher], subsets: Sequence[Sequence[int]], top: int = 1) -> Callable:
-    """K-17 for a student: `objective(oversampled)` is its loss with a generalist as the teacher and these specialists beside it.
+@dataclasses.dataclass(frozen=True)
+class Specialist:
+    """A trained specialist as a teacher (on the whole task's sentences), its subset, and how oversampled that was."""
 
-    The student minimises `specialist_loss` itself, in place of the images' q of the paper, as the survey has it (4.3).
+    teacher: Teacher
+    subset: Sequence[int]
+    oversampled: float
+
+    def opinion(self, batch: dict) -> Opinion:
+        """What it says of a batch, corrected for the sentences it was trained on."""
+        return Opinion(unbiased(self.teacher(batch).logits, self.oversampled).softmax(-1), self.subset)
+
+
+def specialist_targets(specialists: Sequence[Specialist], top: int = 1) -> Objective:
+    """K-17 for a student: it minimises `specialist_loss` itself, with the generalist as its teacher and specialists beside it.
+
+    Without a specialist it is the KL to the generalist. Hinton et al. 2015, survey 4.3.
     """
 
-    def objective(oversampled: Sequence[float]) -> Objective:
-        def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
-            given = [unbiased(one(batch).logits, rate).softmax(-1) for one, rate in zip(specialists, oversampled, strict=True)]
-            return specialist_loss(student.logits, teacher.logits.softmax(-1), given, subsets, top).mean()
+    def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
+        opinions = [specialist.opinion(batch) for specialist in specialists]
+        return specialist_loss(student.logits, teacher.logits.softmax(-1), opinions, top).mean()
 
-        return Objective(loss)
-
-    return objective
+    return Objective(loss)
 
 
 # --- K-18 teachers with a threshold, and their best K classes -------------------------------------------------------
@@ -314,11 +338,14 @@ def top_loss(student_logits: torch.Tensor, probabilities: torch.Tensor, classes:
 class SelectiveTeachers:
     """K-18: one teacher for each part of the data; a part loses its teacher once the student beats it by a threshold.
 
-    Tan et al. 2019 (arXiv 1902.10461, survey 4.3) have a teacher for each pair of languages; here, an analogue, for each part of the
-    sentences. `part_of` (examples,) is the part of each row, `accuracies` what each teacher reaches, in percent, `threshold` in points.
+    Tan et al. 2019 (arXiv 1902.10461, survey 4.3) have a teacher for each pair of languages; here, an analogue, for each part
+    of the sentences. `part_of` (examples,) is the part of each row, `accuracies` what each teacher reaches, in percent,
+    `threshold` in points.
     """
 
-    def __init__(self, teachers: Sequence[Teacher], part_of: torch.Tensor, accuracies: Sequence[float], threshold: float, top: int):
+    def __init__(
+        self, teachers: Sequence[Teacher], part_of: torch.Tensor, accuracies: Sequence[float], threshold: float, top: int = 2
+    ):
         if len(teachers) != len(accuracies) or int(part_of.max()) >= len(teachers):
             raise ValueError(f"one accuracy and one teacher for each part: got {len(accuracies)}, {len(teachers)} and "
                              f"parts up to {int(part_of.max())}")  # fmt: skip
@@ -363,20 +390,3 @@ class SelectiveTeachers:
             return ((1 - share) * hard + share * soft).mean()
 
         return Objective(loss)
-
-
-def averaged_targets(temperature: float = 2.0, teacher_weight: float = 0.5) -> Objective:
-    """K-15 whole: labels and the teachers' mean prediction, for `AveragedTeachers(teachers, temperature)`.
-
-    With one teacher it is K-03. Survey 4.3. Raises ValueError where the teachers were averaged at another temperature: unlike one
-    teacher's logits, a mean cannot be moved to another.
-    """
-    check_share(teacher_weight, "teacher_weight")
-    check_temperature(temperature)
-
-    def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
-        mean = torch.stack([(member.logits / temperature).softmax(-1) for member in teacher.members or (teacher,)]).mean(0)
-        soft = soft_target_loss(student.logits, temperature * mean.log(), temperature)
-        return teacher_weight * soft + (1 - teacher_weight) * cross_entropy(student.logits, batch["labels"])
-
-    return Objective(loss)

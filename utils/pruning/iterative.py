@@ -274,7 +274,9 @@ def proximal_strength(weight: torch.Tensor, rate: torch.Tensor, target: float, s
 class Penalty:
     """The reweighted penalty: its target rises in equal parts up to `sparsity` at step `ramp` and then rests.
 
-    alphas and gamma are renewed every `every` steps. Raises ValueError for a sparsity outside [0, 1) and numbers not above 0.
+    alphas and gamma are renewed every `every` steps. While the target rises it is reached in that many steps; at rest in every
+    single step, or the zeros would drift away with the task's own steps. Raises ValueError for a sparsity outside [0, 1) and
+    numbers not above 0.
     """
 
     sparsity: float
@@ -287,9 +289,10 @@ class Penalty:
         if self.ramp < 1 or self.every < 1 or self.epsilon <= 0:
             raise ValueError(f"need ramp >= 1, every >= 1, epsilon > 0, got {self.ramp}, {self.every}, {self.epsilon}")
 
-    def target(self, step: int) -> float:
-        """The share that is to be zero when the weights are next reweighted after `step`."""
-        return self.sparsity * min(1.0, (step - 1 + self.every) / self.ramp)
+    def strength(self, step: int, weight: torch.Tensor, rate: torch.Tensor) -> float:
+        """The gamma of a matrix that is reweighted after `step`; its weights and their rates have the same shape."""
+        target = self.sparsity * min(1.0, (step - 1 + self.every) / self.ramp)
+        return proximal_strength(weight, rate, target, self.every if step <= self.ramp else 1, self.epsilon)
 
 
 def reweighted_proximal(penalty: Penalty, pulled: Scores, groups: tuple[str, ...] = ENCODER) -> AfterStep:
@@ -310,7 +313,7 @@ def reweighted_proximal(penalty: Penalty, pulled: Scores, groups: tuple[str, ...
             rate = adam_learning_rate(optimizer, w)
             if m.name not in alphas or (step - 1) % penalty.every == 0:
                 alphas[m.name] = reweighted_alphas(w, penalty.epsilon)
-                gammas[m.name] = proximal_strength(w, rate, penalty.target(step), penalty.every, penalty.epsilon)
+                gammas[m.name] = penalty.strength(step, w, rate)
             shrunk = soft_threshold(w, rate * gammas[m.name] * alphas[m.name])
             pulled[m.name] = pulled.get(m.name, 0.0) + (shrunk - w)
             w.copy_(shrunk)

@@ -109,8 +109,9 @@ def search_layers(
 ) -> tuple[list[int], dict[tuple[int, ...], float]]:
     """Try subsets of `num_keep` layers; returns the best one and the metric (higher is better) of every subset tried.
 
-    The sentences behind `evaluate` should be none that the model is tested on. All of them where there are `limit` or fewer (12 choose 6 is 924), else greedily: drop the layer that is missed least,
-    again and again. Ties keep the lower layers. Fan et al. 2019, survey 2.4. Raises ValueError for a bad `num_keep`.
+    The sentences behind `evaluate` should be none that the model is tested on. All subsets are tried where there are `limit`
+    or fewer (12 choose 6 is 924), else greedily: drop the layer that is missed least, again and again. Ties keep the lower
+    layers. Fan et al. 2019, survey 2.4. Raises ValueError for a bad `num_keep`.
     """
     num_layers = len(model.bert.encoder.layer)
     check_depth(num_layers, num_keep)

@@ -19,7 +19,6 @@ from utils.training import check_batches
 NeuronScores = dict[int, torch.Tensor]
 Prox = Callable[[torch.Tensor, float], torch.Tensor]
 GROUPS = ("coupled", "incoming", "outgoing", "separate")
-GELU_SLOPE = 1.1289  # its steepest, at sqrt(2): Phi(sqrt 2) + sqrt 2 phi(sqrt 2)
 MARGIN = 1.1  # planned travel over the distance: the warm-up takes a little of it, and so does a gradient that pulls back
 
 
@@ -284,7 +283,8 @@ def merge_pairs(incoming: torch.Tensor, outgoing: torch.Tensor, count: int) -> t
     """Merge away `count` neurons, one at a time: the pair (i, j) with the least s_ij = <a_j^2> ||W_i - W_j||^2 becomes i.
 
     W_i is row i of `incoming` (neurons, inputs + 1), bias included; a_j is row j of `outgoing` (neurons, outputs), <> the
-    mean over outputs. Surgery: a_i += a_j. Since <a_j^2> does not depend on i, the best i for j is its nearest neighbour.
+    mean over outputs. Surgery: a_i += a_j. Since <a_j^2> does not depend on i, the best i for j is its nearest neighbour. A merge changes the
+    outputs by a_j (f(W_i x) - f(W_j x)), whose mean square is at most s_ij times E ||x||^2 times the square of f's steepest slope.
     Returns the keep-mask, the new outgoing weights and the saliencies s_ij in order. Srinivas & Babu 2015, survey 2.2.
     """
     outgoing, kept = outgoing.clone(), torch.ones(len(incoming), dtype=torch.bool, device=incoming.device)
@@ -305,14 +305,6 @@ def merge_pairs(incoming: torch.Tensor, outgoing: torch.Tensor, count: int) -> t
         orphans = kept & (partner == j)
         closest[orphans], partner[orphans] = distance[:, orphans].min(dim=0)
     return kept, outgoing, saliencies
-
-
-def merging_bound(saliency: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """What merging can cost: E <(a_j (f(W_i x) - f(W_j x)))^2> <= slope^2 * E ||x||^2 * s_ij, by Lipschitz and Cauchy-Schwarz.
-
-    `inputs` (tokens, inputs) carries a column of ones where W carries the bias. Same shape as `saliency`.
-    """
-    return GELU_SLOPE**2 * inputs.square().sum(1).mean() * saliency
 
 
 @torch.no_grad()

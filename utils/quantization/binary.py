@@ -6,7 +6,7 @@ The latent (full-precision) weight stays underneath during training, and its gra
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import linear, pad
 from torch.nn.utils import parametrize
 
-from utils.bert import ENCODER, Matrix, linear_matrices
+from utils.bert import ENCODER, linear_matrices
 from utils.encodings import Encoded, codebook, dense, uniform
 from utils.quantization.quantizer import Quantizer, ascending, check_weight
 
@@ -84,19 +84,6 @@ def latent_weights(model: nn.Module, kind: type[Quantizer]) -> list[tuple[nn.Par
     return [(p.original, p[0]) for p in lists if isinstance(p[0], kind)]
 
 
-def frozen(make: Callable[[Matrix], Quantizer]) -> Callable[[Matrix], Quantizer]:
-    """The same maker of quantizers, whose latent weights take no gradient: the control that says what moving them is worth.
-
-    No level changes; learned levels, scales, biases, LayerNorm and the classifier train as they do in the method.
-    """
-
-    def held(matrix: Matrix) -> Quantizer:
-        matrix.module.weight.requires_grad_(False)
-        return make(matrix)
-
-    return held
-
-
 # --- Q-01 -----------------------------------------------------------------------------------------------------------
 
 
@@ -135,8 +122,7 @@ def weight_bound(weight: torch.Tensor, rule: str = "mean") -> float:
 
 def stochastic_sign(v: torch.Tensor) -> torch.Tensor:
     """+1 with probability p = clip((v + 1) / 2, 0, 1), else -1; the mean is v for v in [-1, 1]."""
-    p = ((v + 1) / 2).clamp(0, 1)
-    return 2 * torch.bernoulli(p) - 1
+    return sign((v + 1) / 2 - torch.rand_like(v))  # at half the price of torch.bernoulli on a CPU
 
 
 class ConnectQuantizer(ScaledQuantizer):
@@ -186,10 +172,11 @@ class BinaryConnect(ConnectQuantizer):
     draw = staticmethod(stochastic_sign)
 
 
-def evaluate_with(model: nn.Module, at_test: str) -> None:
-    """From now on evaluation and `detach` use `at_test` (see `ConnectQuantizer`) in every connected matrix."""
-    for _, quantizer in latent_weights(model, ConnectQuantizer):
-        quantizer.at_test = at_test
+def real_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The latent weights, clipped to [-H, H], by parameter name: what the authors test stochastic training with."""
+    return {f"{name}.weight": module.parametrizations.weight.original.detach().clamp(-quantizer.H, quantizer.H)
+            for name, module in model.named_modules() if parametrize.is_parametrized(module, "weight")
+            for quantizer in module.parametrizations.weight if isinstance(quantizer, ConnectQuantizer)}  # fmt: skip
 
 
 @torch.no_grad()
@@ -301,12 +288,12 @@ def power_of_two(x: torch.Tensor) -> torch.Tensor:
     """sign(x) * 2^e, with e = floor(log2|x|) or, with probability |x| / 2^e - 1, one more; 0 for 0. Its mean is x.
 
     A product with it is a shift of the other factor's binary point. Rounding log2|x| to the nearest whole number would need no
-    random numbers, but its mean is not x.
+    random numbers, but its mean is not x. In float32 the probability of going up is the mantissa, 23 bits wide: a random number of
+    23 bits is added, and what overflows raises the exponent.
     """
-    mantissa, _ = torch.frexp(x.float())  # x = mantissa * 2^(e + 1) with 0.5 <= |mantissa| < 1
-    twice = 2 * torch.where(mantissa == 0, 0.5, mantissa.abs())  # |x| / 2^e, in [1, 2)
-    lower = x / twice  # exact, while exp2(log2(x)) is not on every device
-    return (lower * (1 + torch.bernoulli(twice - 1))).to(x.dtype)
+    bits = x.float().contiguous().view(torch.int32)
+    raised = bits + torch.empty_like(bits).random_(0, 2**23)
+    return (raised & -(2**23)).view(torch.float32).to(x.dtype)  # the mask keeps sign and exponent
 
 
 class PowerOfTwoLinear(torch.autograd.Function):

@@ -11,10 +11,12 @@ that names it.
 import contextlib
 import importlib
 import io
+import itertools
 import logging
 import math
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +39,11 @@ INPUTS = ("input_ids", "attention_mask")
 
 
 def optional(name: str) -> ModuleType:
-    """Import a package that the suite can do without. Raises CompanionError where it is not installed."""
+    """Import a package that the suite can do without. Raises CompanionError where it is not installed.
+
+    OpenVINO and NNCF report their use to their makers over the network by a package of its own; here they find it missing.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -193,9 +199,10 @@ def export_onnx(model: nn.Module, path: Path) -> None:
     copy = bert.fresh_copy(model).float().cpu()
     ids, mask = torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long)
     mask[1, 5:] = 0  # an example without padding would lose the mask
-    axes = {**dict.fromkeys(INPUTS, {0: "batch", 1: "length"}), "logits": {0: "batch"}}
+    any_size = {0: "batch", 1: "length"}
+    axes = {"input_ids": any_size, "attention_mask": any_size, "logits": {0: "batch"}}
     with bert.attention(copy, "eager"), _quiet():
-        torch.onnx.export(_Logits(copy).eval(), (ids, mask), path, input_names=INPUTS, output_names=["logits"],
+        torch.onnx.export(_Logits(copy).eval(), (ids, mask), path, input_names=list(INPUTS), output_names=["logits"],
                           dynamic_axes=axes, dynamo=False)  # fmt: skip
 
 
@@ -259,19 +266,6 @@ def onnx_embedding_bytes(path: Path) -> int:
 INTEGERS = ("i8", "u8")  # OpenVINO's names of the types of a product
 
 
-def quiet_nncf() -> ModuleType:
-    """NNCF, which would report its use to its makers over the network if it were not told at its import that this is no such use."""
-    before = os.environ.get("NNCF_CI")
-    os.environ["NNCF_CI"] = "1"
-    try:
-        return optional("nncf")
-    finally:
-        if before is None:
-            del os.environ["NNCF_CI"]
-        else:
-            os.environ["NNCF_CI"] = before
-
-
 def quantize_openvino(source: Path, path: Path, batches: list[dict]) -> None:
     """Static int8 by NNCF, from an exported float32 graph to an OpenVINO model `path` (.xml, its weights beside it in .bin).
 
@@ -280,7 +274,7 @@ def quantize_openvino(source: Path, path: Path, batches: list[dict]) -> None:
     that dwarf the others by a number by which they multiply the weights. Raises ValueError without batches.
     """
     check_batches(batches)
-    openvino, nncf = optional("openvino"), quiet_nncf()
+    openvino, nncf = optional("openvino"), optional("nncf")
     sentences = [{"input_ids": ids[mask.bool()][None].cpu().numpy(), "attention_mask": mask[mask.bool()][None].cpu().numpy()}
                  for batch in batches for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
     with _quiet():
@@ -316,7 +310,9 @@ def openvino_runtime(path: Path, config: BertConfig, precision: str = "f32") -> 
 def openvino_integer_products(compiled: object) -> int:
     """How many matrix products of a compiled OpenVINO model multiply integers: its own report of the kernels that it chose."""
     kernels = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
-    said = [[kernel[name].astype(str) for name in ("layerType", "runtimePrecision")] for kernel in kernels if "layerType" in kernel]
+    said = [
+        [kernel[name].astype(str) for name in ("layerType", "runtimePrecision")] for kernel in kernels if "layerType" in kernel
+    ]
     return sum(layer in ("FullyConnected", "MatMul") and precision in INTEGERS for layer, precision in said)
 
 
@@ -332,7 +328,7 @@ def constants_above(node: object) -> list:
     if node.get_type_name() == "Constant":
         return [node]
     above = [constants_above(value.get_node()) for value in node.input_values()]
-    return sum(above, []) if above and all(above) else []
+    return list(itertools.chain(*above)) if all(above) else []
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

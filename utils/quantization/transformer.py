@@ -4,6 +4,7 @@ Word2Bits (embeddings that learn inside a fixed grid), what to quantize (all lay
 ranges and its mixed precision by the Hessian; and GOBO's outliers, from a later survey.
 """
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,7 +14,8 @@ from utils.encodings import Encoded
 from utils.quantization.codebook import borders, check_count, nearest
 from utils.quantization.loss_aware import first_alpha, loss_aware_levels
 from utils.quantization.quantizer import Quantizer, ascending, check_bits, check_weight
-from utils.quantization.uniform import RangeFunction, UniformQuantizer, from_codes
+from utils.quantization.uniform import RangeFunction, UniformQuantizer, even_grid, from_codes
+from utils.tasks import Split, collate
 from utils.training import check_batches, cross_entropy, to_device
 
 # --- Word2Bits ------------------------------------------------------------------------------------------------------
@@ -94,18 +96,36 @@ class GroupwiseQuantizer(UniformQuantizer):
     """Q-BERT's group-wise quantization: consecutive output neurons share a range. Shen et al. 2019, survey 3.3.5.
 
     One group is one range per tensor, as many groups as rows one range per neuron; the paper settles for 128. Where `groups` does
-    not divide the rows, the next smaller number that does is taken. Raises ValueError for bits outside 1 to 8 and no groups.
+    not divide the rows, the next smaller number that does is taken. A range is the `even` grid of least squared error (see
+    `EvenQuantizer`), or ends where `clip` says; the paper's, from the smallest to the largest weight, is `max`. Raises ValueError
+    for bits outside 1 to 8, no groups and an unknown `clip`.
     """
 
-    def __init__(self, bits: int, groups: int = 128, symmetric: bool = False, clip: str | RangeFunction = "max"):
-        super().__init__(bits, symmetric, clip=clip)
+    def __init__(self, bits: int, groups: int = 128, clip: str | RangeFunction = "even", symmetric: bool = False):
+        super().__init__(bits, symmetric, clip="mse" if clip == "even" else clip)
         if groups < 1:
             raise ValueError(f"groups must be 1 or more, got {groups}")
-        self.groups = groups
+        self.groups, self.even = groups, clip == "even"
+
+    def search(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in the base class."""
+        return even_grid(x, self.bits) if self.even else super().search(x)
 
     def grid(self, weight: torch.Tensor) -> tuple[int, int]:
         """How many ranges there are along the rows and along the columns."""
         return divisor(weight.shape[0], self.groups), 1
+
+
+def random_slices(split: Split, count: int, size: int, pad_token_id: int, seed: int = 0) -> list[dict]:
+    """`count` batches of `size` random sentences each, none of them twice: slices of the data that differ by chance alone.
+
+    Batches for training will not do: they are sorted by length, and a Hessian on long sentences is another one. Raises ValueError
+    where the split has too few sentences.
+    """
+    if count * size > len(split):
+        raise ValueError(f"{count} slices of {size} sentences need {count * size}, the split has {len(split)}")
+    rows = np.random.default_rng(seed).permutation(len(split))[: count * size]
+    return [collate(split, part, pad_token_id) for part in np.split(rows, count)]
 
 
 def top_eigenvalue(
@@ -176,6 +196,15 @@ def allocate_bits(omega: dict[int, float], sizes: dict[int, int], average: float
             break
         bits[layer], budget = high, budget - price
     return bits
+
+
+def other_allocation(bits: dict[int, int], seed: int) -> dict[int, int]:
+    """The same numbers of bits in a random order of the layers, other than the given one where there is another. A control."""
+    generator, values = np.random.default_rng(seed), list(bits.values())
+    shuffled = values
+    while shuffled == values and len(set(values)) > 1:
+        shuffled = generator.permutation(values).tolist()
+    return dict(zip(bits, shuffled, strict=True))
 
 
 def layer_sizes(model: nn.Module, groups: tuple[str, ...] = ENCODER) -> dict[int, int]:

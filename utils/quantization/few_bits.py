@@ -1,0 +1,64 @@
+"""What training does to weights of one and two bits (survey sections 3.1 to 3.3): did their levels change, and was that worth it?
+
+A level changes only when a latent weight crosses a threshold. Where few do, what a network regains comes from its scales, biases,
+LayerNorm and classifier. The control that tells holds the latent weights still and trains all else.
+"""
+
+import textwrap
+from collections.abc import Callable
+
+from utils.bert import Matrix
+from utils.board import Acted, Board
+from utils.quantization.quantizer import Quantizer
+from utils.results import COLUMNS
+from utils.trials import Trial
+
+CHANGED, FIRST, LAST = "codes changed (%)", "first training loss", "last training loss"
+LEAST = 0.5  # per cent of the codes: at a rate that leaves the dense model unharmed fewer change, and the method is hardly tried
+
+
+def frozen(make: Callable[[Matrix], Quantizer]) -> Callable[[Matrix], Quantizer]:
+    """The same maker of quantizers, whose latent weights take no gradient: the control that says what moving them is worth.
+
+    Learned levels, scales, biases, LayerNorm and the classifier train as they do in the method. A weight changes its level only
+    where levels are learned and the border between them moves with them.
+    """
+
+    def held(matrix: Matrix) -> Quantizer:
+        matrix.module.weight.requires_grad_(False)
+        return make(matrix)
+
+    return held
+
+
+def moved(trial: Trial, changed: float, at_least: float | None = LEAST, at_most: float | None = None) -> dict[str, Acted]:
+    """The mechanism of a trained row: per cent of the codes that `changed`, with its bounds, and the training loss in nats, mean of
+    the first and of the last sixth of the steps. Raises ValueError for a trial that was not trained."""
+    if not trial.losses:
+        raise ValueError("a trial without training moved nothing")
+    part = max(1, len(trial.losses) // 6)
+    first, last = (sum(losses) / part for losses in (trial.losses[:part], trial.losses[-part:]))
+    return {CHANGED: (changed, at_least, at_most), FIRST: (first, None, None), LAST: (last, None, None)}
+
+
+def reading(board: Board, label: str, control: str | None = None) -> str:
+    """What the training of a row did, its difference from the dense model with the same training, and from the frozen control."""
+    row = board.find(label)
+    against, (low, high) = row.against_control, row.against_control["ci95"]
+    text = (f"{label}: {row.effect[CHANGED]:.2f} % of the codes changed, the training loss went from {row.effect[FIRST]:.2f} to "
+            f"{row.effect[LAST]:.2f}. From {against['control']}, it is {100 * against['difference']:+.1f} points away "
+            f"[{100 * low:+.1f}, {100 * high:+.1f}].")  # fmt: skip
+    told = [textwrap.fill(text, COLUMNS)]
+    return "\n".join(told if control is None else [*told, board.compare(label, control)])
+
+
+def guessing(board: Board, label: str) -> str:
+    """Whether the interval of a row's accuracy contains what always answering the most frequent label gives."""
+    low, high = (100 * end for end in board.find(label).accuracy_ci95)
+    majority = 100 * board.task.majority_accuracy()
+    if low <= majority <= high:
+        return (
+            f"{label}: at the level of guessing, [{low:.1f}, {high:.1f}] % contains the most frequent label's {majority:.1f} %."
+        )
+    side = "above" if low > majority else "below"
+    return f"{label}: {side} the level of guessing, [{low:.1f}, {high:.1f}] % against the most frequent label's {majority:.1f} %."
