@@ -24,7 +24,7 @@ lint: setup
 	$(BIN)/companion catalogue --check
 	$(BIN)/companion lint
 
-fix: setup  ## what a machine can mend; a notebook that is out of step loses its outputs
+fix: setup  ## what a machine can mend; a notebook that is out of step loses its outputs, one that awaits its rerun keeps them
 	$(BIN)/ruff check --fix utils tests
 	$(BIN)/ruff format utils tests
 	$(BIN)/companion weave

@@ -401,8 +401,7 @@ class Board:
     def _quality(self, logits: torch.Tensor) -> dict:
         labels, teacher = self.task.validation.labels, self.baseline.logits
         right, drop = metrics.accuracy(logits, labels), metrics.paired_difference(teacher, logits, labels)
-        with np.errstate(invalid="ignore"):  # rounding can make a zero divergence negative, whose root scipy warns of
-            loyalty = metrics.probability_loyalty(teacher, logits)
+        loyalty = metrics.probability_loyalty(teacher, logits)
         return {"accuracy": round(right.value, 6), "accuracy_ci95": costs.as_row(right),
                 "drop": round(drop.value, 6), "drop_ci95": costs.as_row(drop),
                 "label_loyalty": round(metrics.label_loyalty(teacher, logits), 4),

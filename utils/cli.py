@@ -147,16 +147,22 @@ def weave(
     chapters: Chapters = None,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a notebook is out of step.")] = False,
 ) -> None:
-    """Build notebooks (without outputs) from lessons and code, or check that the committed ones match."""
+    """Build notebooks (without outputs) from lessons and code, or check that the committed ones match.
+
+    One that awaits its rerun keeps its outputs unless it is named.
+    """
     from utils import notebooks
 
     found = {name: notebooks.out_of_step(name) for name in notebooks.check_chapters(chapters or [])}
-    wrong = {name: problem for name, problem in found.items() if problem}
+    awaited = {name: why for name, why in notebooks.stale().items() if found.get(name) and (check or not chapters)}
+    for name, why in awaited.items():
+        errors.print(escape(f"warning: {name} is stale: {why}"), highlight=False, soft_wrap=True)
+    wrong = {name: problem for name, problem in found.items() if problem and name not in awaited}
     if check and wrong:
         raise CompanionError("; ".join(wrong.values()) + ": run `companion run --out notebooks`")
     if check:
         return
-    for name in found:
+    for name in [name for name in found if name not in awaited]:
         path, text = notebooks.NOTEBOOKS / f"{name}.ipynb", "is in step"
         if name in wrong:
             nbformat.write(notebooks.weave(name), path)

@@ -74,5 +74,6 @@ def probability_loyalty(teacher: torch.Tensor, student: torch.Tensor) -> float:
     SciPy's `jensenshannon` already is the square root of the divergence; taking another root is a common slip.
     """
     p, q = (logits.double().softmax(-1).numpy() for logits in (teacher, student))
-    distance = np.nan_to_num(jensenshannon(p, q, base=2, axis=1))  # rounding can make a zero divergence negative
+    with np.errstate(invalid="ignore"):  # rounding can make a zero divergence negative, whose root scipy warns of
+        distance = np.nan_to_num(jensenshannon(p, q, base=2, axis=1))
     return float(1 - distance.mean())

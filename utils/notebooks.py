@@ -9,6 +9,7 @@ track `extra`, which a short class leaves out.
 import ast
 import builtins
 import importlib.util
+import json
 import re
 import symtable
 from collections.abc import Iterator
@@ -287,6 +288,12 @@ def out_of_step(chapter: str) -> str | None:
     if not same_cells(nbformat.read(path, as_version=4), weave(chapter)):
         return f"{path.relative_to(ROOT)} is out of step with its lesson or the code"
     return None
+
+
+def stale() -> dict[str, str]:
+    """Chapters whose committed notebook awaits a rerun, with the reason (`notebooks/STALE.json`, absent where there is none)."""
+    path = NOTEBOOKS / "STALE.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 # --- sections -------------------------------------------------------------------------------------------------------

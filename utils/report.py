@@ -73,12 +73,23 @@ def chapter(content: dict, tracks: tuple[str, ...]) -> str:
     machine = f"{results.machine_of(content)}, profile {content['profile']}, {content['wall_seconds'] / 60:.0f} min"
     baseline, rows = results.rows_of(content)
     table = results.as_markdown([row for row in rows if row.track in tracks], baseline)
-    return "\n".join([f"\n**{content['chapter']}** (speeds hold for {machine})\n", table, *verdicts(content)])
+    return "\n".join(
+        [f"\n**{content['chapter']}** (speeds hold for {machine})\n", *awaited(content["chapter"]), table, *verdicts(content)]
+    )
+
+
+def awaited(chapter: str) -> list[str]:
+    """A warning above the numbers of a lesson that has changed since they were measured; nothing for the others."""
+    from utils import notebooks
+
+    why = notebooks.stale().get(chapter)
+    return [f"These numbers are older than the lesson: {why}\n"] if why else []
 
 
 def verdicts(content: dict) -> list[str]:
     """A table of a chapter's claims; nothing where there are none."""
-    lines = [f"| {claim['id']} | {claim['verdict']} | {claim['statement']} | {claim['unit']} |" for claim in content["claims"]]
+    cells = [[claim[name].replace("|", "\\|") for name in ("id", "verdict", "statement", "unit")] for claim in content["claims"]]
+    lines = [f"| {' | '.join(line)} |" for line in cells]
     return ["\n| claim | verdict | statement | repeated over |", "|---|---|---|---|", *lines] if lines else []
 
 

@@ -233,10 +233,11 @@ def test_the_readme_takes_the_full_profile_where_there_is_one(companion, out, tm
 
 @pytest.fixture
 def two_notebooks(tmp_path, monkeypatch) -> Path:
-    """Two chapters out of step."""
+    """A chapter out of step that awaits its rerun (`00`), and one out of step that does not (`01`)."""
     old, new = (nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text, id="a")]) for text in ("old", "new"))
     for name in ("00", "01"):
         nbformat.write(old, tmp_path / f"{name}.ipynb")
+    (tmp_path / "STALE.json").write_text('{"00": "the rerun is due"}')
     for name, value in {"NOTEBOOKS": tmp_path, "ROOT": tmp_path, "weave": lambda name, *parts: new,
                         "check_chapters": lambda names: names or ["00", "01"]}.items():  # fmt: skip
         monkeypatch.setattr(notebooks, name, value)
@@ -247,19 +248,21 @@ def cells(folder: Path) -> list[str]:
     return [nbformat.read(folder / f"{name}.ipynb", as_version=4).cells[0].source for name in ("00", "01")]
 
 
-def test_weave_check_writes_nothing_and_names_what_is_out_of_step(companion, two_notebooks):
+def test_weave_check_writes_nothing_and_fails_for_what_is_not_awaited(companion, two_notebooks):
     status, _, said = companion("weave", "--check")
-    assert status == 2 and "00.ipynb is out of step" in said and "01.ipynb is out of step" in said
-    assert companion("weave", "00", "--check")[0] == 2
+    assert (
+        status == 2 and "01.ipynb is out of step" in said and "00 is stale: the rerun is due" in said and "00.ipynb" not in said
+    )
+    assert companion("weave", "00", "--check")[0] == 0
     assert cells(two_notebooks) == ["old", "old"]
 
 
-def test_weave_writes_what_is_out_of_step(companion, two_notebooks):
-    status, said, _ = companion("weave", "01")
+def test_weave_keeps_the_outputs_of_a_notebook_that_awaits_its_rerun_unless_it_is_named(companion, two_notebooks):
+    status, said, _ = companion("weave")
     assert status == 0 and "01.ipynb written without outputs" in said and cells(two_notebooks) == ["old", "new"]
     assert "01.ipynb is in step" in companion("weave", "01")[1]
     assert companion("weave", "01", "--check") == (0, "", "")
-    companion("weave")
+    companion("weave", "00")
     assert cells(two_notebooks) == ["new", "new"]
 
 

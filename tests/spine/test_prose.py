@@ -24,9 +24,12 @@ def test_every_rule_reports_to_the_command(monkeypatch):
     output = nbformat.v4.new_output("stream", text="y" * 121)
     bad = notebook(TEXT("## 1 First"), CODE(source, outputs=[output]), CODE("x = 1"), TEXT(r"$\Xi$"))
     monkeypatch.setattr(prose.notebooks, "weave", lambda chapter: bad)
+    monkeypatch.setattr(prose.notebooks, "stale", dict)
     monkeypatch.setattr(prose.nbformat, "read", lambda path, as_version: bad)
     monkeypatch.setitem(prose.WITHOUT_READING, "01_pruning", 0)
     assert len(prose.problems("01_pruning")) == 6
+    monkeypatch.setattr(prose.notebooks, "stale", lambda: {"01_pruning": "the rerun is due"})
+    assert len(prose.problems("01_pruning")) == 5
 
 
 @pytest.mark.parametrize(("tag", "limit"), [("", 25), ("hide-input", 25), ("figure", 40), ("woven", 40)])

@@ -283,9 +283,10 @@ def merge_pairs(incoming: torch.Tensor, outgoing: torch.Tensor, count: int) -> t
     """Merge away `count` neurons, one at a time: the pair (i, j) with the least s_ij = <a_j^2> ||W_i - W_j||^2 becomes i.
 
     W_i is row i of `incoming` (neurons, inputs + 1), bias included; a_j is row j of `outgoing` (neurons, outputs), <> the
-    mean over outputs. Surgery: a_i += a_j. Since <a_j^2> does not depend on i, the best i for j is its nearest neighbour. A merge changes the
-    outputs by a_j (f(W_i x) - f(W_j x)), whose mean square is at most s_ij times E ||x||^2 times the square of f's steepest slope.
-    Returns the keep-mask, the new outgoing weights and the saliencies s_ij in order. Srinivas & Babu 2015, survey 2.2.
+    mean over outputs. Surgery: a_i += a_j. Since <a_j^2> does not depend on i, the best i for j is its nearest neighbour. A
+    merge changes the outputs by a_j (f(W_i x) - f(W_j x)), whose mean square is at most s_ij times E ||x||^2 times the square
+    of f's steepest slope. Returns the keep-mask, the new outgoing weights and the saliencies s_ij in order. Srinivas & Babu
+    2015, survey 2.2.
     """
     outgoing, kept = outgoing.clone(), torch.ones(len(incoming), dtype=torch.bool, device=incoming.device)
     # The faster way to compute distances, by a matrix product, would lose the digits that tell twins from neighbours.
