@@ -108,7 +108,7 @@ def factors(left: torch.Tensor, right: torch.Tensor) -> Encoded:
 
 
 def product(index: torch.Tensor, centroids: torch.Tensor, shape: tuple[int, ...], bits: int, axis: str = "columns") -> Encoded:
-    """Product quantization: `index` (s, points) into the codebooks `centroids` (s, k, d) of s blocks of columns (or rows)."""
+    """Product quantization: `index` (s, points) into the codebooks `centroids` (s or 1, k, d) of s blocks of columns (or rows)."""
     parts = {"codes": pack_bits(index, bits), "centroids": centroids}
     return Encoded("product", tuple(shape), parts, {"bits": bits, "axis": axis})
 
@@ -175,9 +175,10 @@ def _decode_codebook(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
 
 
 def _decode_product(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
-    s, points = len(parts["centroids"]), shape[0 if meta["axis"] == "columns" else 1]
+    points, length = shape if meta["axis"] == "columns" else reversed(shape)
+    s = length // parts["centroids"].shape[-1]
     index = unpack_bits(parts["codes"], meta["bits"], s * points).view(s, points).long()
-    w = paste_columns(look_up(parts["centroids"], index))
+    w = paste_columns(look_up(parts["centroids"].expand(s, -1, -1), index))  # a lone codebook serves all blocks
     return w if meta["axis"] == "columns" else w.T.contiguous()
 
 

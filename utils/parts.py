@@ -373,14 +373,19 @@ class TextCNN(Part):
         super().__init__()
         self.config = SimpleNamespace(vocab_size=vocab_size, num_labels=num_labels)
         self.embeddings = nn.Embedding(vocab_size, embedding_size, padding_idx=0)
-        self.convolutions = nn.ModuleList(nn.Conv1d(embedding_size, filters, width, padding="same") for width in widths)
+        self.convolutions = nn.ModuleList(nn.Conv1d(embedding_size, filters, width) for width in widths)
         self.classifier = nn.Linear(filters * len(widths), num_labels)
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The highest answer of every filter; (batch, filters * widths)."""
         real = attention_mask[:, None].bool()
         x = self.embeddings(input_ids).transpose(1, 2) * real  # (batch, embedding, length)
-        return torch.cat([conv(x).relu().masked_fill(~real, 0.0).amax(-1) for conv in self.convolutions], 1)
+        highest = []
+        for conv in self.convolutions:
+            before, after = (conv.kernel_size[0] - 1) // 2, conv.kernel_size[0] // 2  # as many windows as tokens
+            answers = conv(nn.functional.pad(x, (before, after))).relu()
+            highest.append(answers.masked_fill(~real, 0.0).amax(-1))
+        return torch.cat(highest, 1)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> SequenceClassifierOutput:
         """Logits (batch, classes) of token ids (batch, length)."""

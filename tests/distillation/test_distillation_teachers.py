@@ -136,7 +136,8 @@ def test_a_student_that_agrees_with_the_vote_pays_no_more_than_the_margin(teache
     batch = first_batch(task)
     ensemble = AveragedTeachers([LiveTeacher(teacher_model, needs("cls", (layer,))) for layer in (4, 4)])
     assert value(teachers.voted_dissimilarity(4, [4, 4], margin=0.0), teacher_model, ensemble, batch) == 0
-    assert value(teachers.voted_dissimilarity(4, [4, 4], margin=0.1), teacher_model, ensemble, batch) <= 0.1
+    assert 0 < value(teachers.voted_dissimilarity(4, [4, 4], margin=0.1), teacher_model, ensemble, batch) <= 0.1
+    assert value(teachers.voted_dissimilarity(4, [4, 4]), make_bert(4, seed=5), ensemble, first_batch(task, 2)) == 0  # no triplet
     student = make_bert(2, seed=9)
     assert value(teachers.voted_dissimilarity(2, [4, 4], margin=0.0), student, ensemble, batch) > 0
     trial = make_trial(student, task)
@@ -148,8 +149,6 @@ def test_a_student_that_agrees_with_the_vote_pays_no_more_than_the_margin(teache
 def test_triplets_are_of_three_different_examples():
     found = teachers.random_triplets(200, 5, torch.device("cpu"))
     assert found.shape == (200, 3) and all(len(set(row)) == 3 for row in found.tolist()) and len(found.unique()) == 5
-    with pytest.raises(ValueError, match="three different examples, the batch has 2"):
-        teachers.random_triplets(4, 2, torch.device("cpu"))
 
 
 @pytest.mark.method("K-16")
@@ -246,7 +245,7 @@ def test_active_specialists_are_those_of_the_likely_classes(opinions):
                 merged = torch.stack([*(q[row, k] for k in subset), q[row, rest].sum()])
                 expected, activity = expected + (p[row] * (p[row] / merged).log()).sum(), activity + 1
         assert loss[row].item() == pytest.approx(expected.item(), rel=1e-4)
-    assert 0 < activity  # some are at work
+    assert activity > 0  # some are at work
 
 
 @pytest.mark.method("K-17")

@@ -303,6 +303,7 @@ def test_what_the_penalty_does_not_reach_goes_by_norm_at_the_end(groups):
     penalty(2, model, optimizer)
     assert all(kept.nonzero().flatten().tolist() == list(range(16, 64)) for kept in penalty.alive.values())
     assert 0 < sum(penalty.zeroed.values()) < LAYERS * 16
+    assert not any(rows[:16].any() for rows in weights(model))  # at once, and not only from the next step on
 
 
 @pytest.mark.method("P-13a", "P-13b", "P-13c")

@@ -1,5 +1,8 @@
 """Scope, order and defaults of quantization methods: where they act, in which order, how far. Each test once had a mutant that lived."""
 
+import copy
+from types import SimpleNamespace
+
 import onnxruntime
 import pytest
 import torch
@@ -7,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from utils.bert import ENCODER, linear_matrices, matrices
-from utils.quantization import binary, codebook, integer, loss_aware, ternary, uniform
+from utils.quantization import binary, codebook, few_bits, integer, loss_aware, ternary, uniform
 from utils.quantization.quantizer import attach
 from utils.training import cross_entropy
 
@@ -168,6 +171,74 @@ def test_curvature_makes_loss_aware_weights_differ_from_those_of_least_distance(
     assert torch.allclose(module.weight, binary.BWN().quantize(latent))
     binary.track_curvature(1, tiny, optimizer)
     assert not torch.allclose(module.weight, binary.BWN().quantize(latent), rtol=1e-3)
+
+
+@pytest.mark.method("Q-27")
+@pytest.mark.parametrize(("bits", "kind"), [(2, "linear"), (3, "linear"), (4, "linear"), (3, "logarithmic")])
+def test_evenly_spaced_levels_need_no_search(bits, kind):
+    levels, x = loss_aware.level_values(bits, kind), torch.randn(5000)
+    assert torch.equal(loss_aware.nearest_value(x, levels), levels[loss_aware.nearest_level(x, levels)])
+
+
+@pytest.mark.method("Q-27")
+def test_without_curvature_the_scale_is_that_of_least_squares_and_still_follows_the_weights(tiny, batch):
+    made = {}
+    for curvature in (True, False):
+        model = copy.deepcopy(tiny)
+        attach(model, lambda m, curvature=curvature: loss_aware.LossAwareQuantizer(m.weight, 3, curvature=curvature))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        before = [q.alpha.clone() for _, q in binary.latent_weights(model, loss_aware.LossAwareQuantizer)]
+        cross_entropy(model, batch).backward()
+        optimizer.step()
+        loss_aware.update_curvature(1, model, optimizer)
+        made[curvature] = [q for _, q in binary.latent_weights(model, loss_aware.LossAwareQuantizer)]
+        assert all(q.alpha != alpha for q, alpha in zip(made[curvature], before, strict=True))
+    assert binary.curvature_spread(made[True]) > 2 and binary.curvature_spread(made[False]) == 1
+    assert all(a.alpha != b.alpha for a, b in zip(made[True], made[False], strict=True))
+
+
+# --- what a row of few bits tells -----------------------------------------------------------------------------------
+
+
+def rows_of_few_bits(accuracy: float, low: float, high: float) -> SimpleNamespace:
+    """A board with one trained row, as `reading` and `guessing` see it."""
+    effect = {few_bits.CHANGED: 1.25, few_bits.FIRST: 0.7, few_bits.LAST: 0.5}
+    against = {"control": "dense, 60 steps at 0.0003", "difference": -0.05, "ci95": [-0.07, -0.03]}
+    row = SimpleNamespace(label="BWN", effect=effect, against_control=against, accuracy=accuracy, accuracy_ci95=[low, high])
+    return SimpleNamespace(find=lambda label: row, compare=lambda first, second: f"{first} with {second}",
+                           task=SimpleNamespace(majority_accuracy=lambda: 0.5))  # fmt: skip
+
+
+@pytest.mark.method("Q-07", "Q-12")
+def test_a_reading_has_the_codes_the_losses_and_both_controls():
+    text = few_bits.reading(rows_of_few_bits(0.7, 0.68, 0.72), "BWN", "BWN, frozen").replace("\n", " ")
+    for part in (
+        "1.25 % of the codes",
+        "from 0.70 to 0.50",
+        "dense, 60 steps at 0.0003",
+        "-5.0 points [-7.0, -3.0]",
+        "BWN with BWN, frozen",
+    ):
+        assert part in text
+    assert "frozen" not in few_bits.reading(rows_of_few_bits(0.7, 0.68, 0.72), "BWN")
+
+
+@pytest.mark.method("Q-01", "Q-06", "Q-10", "Q-15")
+@pytest.mark.parametrize(("low", "high", "level", "verb"), [
+    (0.49, 0.53, "at", "contains"), (0.51, 0.53, "above", "excludes"), (0.45, 0.49, "below", "excludes")])  # fmt: skip
+def test_guessing_is_said_where_the_interval_contains_it(low, high, level, verb):
+    text = few_bits.guessing(rows_of_few_bits(0.5, low, high), "BWN").replace("\n", " ")
+    assert f"BWN: {level} the level of guessing" in text and verb in text
+
+
+@pytest.mark.method("Q-07", "Q-12")
+def test_the_mechanism_of_a_trained_row_is_bounded_from_below_and_that_of_a_frozen_one_is_zero():
+    trial = SimpleNamespace(losses=[6.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 3.0])
+    assert few_bits.moved(trial, 0.7) == {
+        few_bits.CHANGED: (0.7, 0.5, None), few_bits.FIRST: (3.5, None, None), few_bits.LAST: (2.0, None, None)}  # fmt: skip
+    assert few_bits.moved(trial, 0.0, None, 0.0)[few_bits.CHANGED] == (0.0, None, 0.0)
+    with pytest.raises(ValueError, match="without training"):
+        few_bits.moved(SimpleNamespace(losses=[]), 0.0)
 
 
 # --- in which arithmetic --------------------------------------------------------------------------------------------

@@ -129,22 +129,28 @@ def test_the_number_of_groups_is_fitted_to_the_rows_and_finer_is_closer(weight):
 
 
 @pytest.mark.method("Q-30")
-def test_the_default_range_has_the_least_error_of_all_ranges(weight):
-    weight[3, 4] = 1.0  # an outlier that a range from the smallest to the largest weight reaches for
-    errors = {
-        clip: (weight - GroupwiseQuantizer(3, 12, clip).quantize(weight)).square().sum().item() for clip in ("even", "mse", "max")
-    }
-    default = (weight - GroupwiseQuantizer(3, 12).quantize(weight)).square().sum().item()
-    assert default == errors["even"] <= errors["mse"] * 1.001 and errors["mse"] < 0.8 * errors["max"]
+def test_the_default_grid_is_within_a_hundredth_of_the_least_error_of_all_grids(weight):
+    def error(quantizer):
+        return (weight - quantizer.quantize(weight)).square().sum().item()
+
+    best = 0.0
+    for group in weight.split(4):
+        steps = group.abs().max() * torch.linspace(0.05, 1.2, 400)[:, None, None]
+        tries = [(torch.round(group / steps + zero).clamp(0, 7) - zero) * steps for zero in (3.5, 3, 4)]
+        best += min((group - found).square().sum((1, 2)).min().item() for found in tries)
+    assert error(GroupwiseQuantizer(3, 12)) <= best * 1.01
+    assert error(GroupwiseQuantizer(3, 12)) < 0.9 * error(GroupwiseQuantizer(3, 12, "max"))
 
 
 @pytest.mark.method("Q-30")
 def test_ranges_follow_the_weights_in_training(weight):
     quantizer = GroupwiseQuantizer(3, 12).train()
     quantizer.quantize(weight)
-    before = quantizer.levels(weight)[1].clone()
-    quantizer.quantize(1.1 * weight)
-    torch.testing.assert_close(quantizer.eval().levels(1.1 * weight)[1], 1.1 * before, rtol=0.02, atol=0)
+    grown = 1.3 * weight
+    for _ in range(20):
+        quantizer.quantize(grown)
+    errors = [(grown - q.quantize(grown)).square().sum().item() for q in (quantizer.eval(), GroupwiseQuantizer(3, 12))]
+    assert errors[0] < 1.1 * errors[1]
 
 
 def full_hessian(model, batch, groups, layer):
@@ -192,7 +198,7 @@ def test_slices_are_random_and_not_sorted_by_length(board):
     spread = torch.tensor([len(ids) for ids in train.input_ids]).float().std()
     assert min(length.std().item() for length in lengths) > spread / 2  # batches sorted by length hardly vary inside
     assert [int(row) for batch in transformer.random_slices(train, 4, 16, pad, seed=1) for row in batch["rows"]] != rows
-    with pytest.raises(ValueError, match="has 96|has"):
+    with pytest.raises(ValueError, match="the split has"):
         transformer.random_slices(train, 50, 50, pad)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2
 from torch import nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax, triplet_margin_loss
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from utils import bert
 from utils.distillation.losses import soft_target_loss, with_labels
@@ -136,13 +136,12 @@ def relative_dissimilarity(states: torch.Tensor, triplets: torch.Tensor, nearer:
     """
     first, second, third = triplets.T
     positive, negative = torch.where(nearer, second, third), torch.where(nearer, third, second)
-    return triplet_margin_loss(states[first], states[positive], states[negative], margin=margin, eps=0.0)
+    near, far = ((states[first] - states[other]).norm(dim=-1) for other in (positive, negative))
+    return (near - far + margin).clamp(min=0).mean()
 
 
 def random_triplets(count: int, examples: int, device: torch.device) -> torch.Tensor:
-    """`count` triplets of three different examples, (count, 3). Raises ValueError for fewer than three examples."""
-    if examples < 3:
-        raise ValueError(f"a triplet needs three different examples, the batch has {examples}")
+    """`count` triplets of three different examples, (count, 3); there must be three or more."""
     return torch.rand(count, examples, device=device).argsort(-1)[:, :3]
 
 
@@ -158,6 +157,8 @@ def voted_dissimilarity(student_layer: int, teacher_layers: Sequence[int], margi
         if len(teacher.members) != len(teacher_layers):
             raise ValueError(f"one layer for each teacher: there are {len(teacher.members)} and {len(teacher_layers)} layers")
         states = student["cls", student_layer].float()
+        if len(states) < 3:
+            return 0 * states.sum()  # an epoch's last batch may be too small for a triplet
         triplets = random_triplets(count, len(states), states.device)
         given = [member["cls", layer].float() for member, layer in zip(teacher.members, teacher_layers, strict=True)]
         return relative_dissimilarity(states, triplets, vote(given, triplets), margin)

@@ -8,15 +8,17 @@ Codebooks are fitted when a quantizer is made, so these take the weight: `attach
 import heapq
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from utils import encodings
 from utils.encodings import Encoded, decode_bits, look_up, paste_columns
-from utils.quantization.quantizer import Quantizer, ascending, check_bits, check_weight
+from utils.quantization.quantizer import Quantizer, ascending, check_bits, check_weight, remembered
 
 CHUNK = 2**24  # distances held at a time
+CONVERGED = 1000  # more iterations than k-means of numbers needs until no centroid moves
 
 
 def check_count(k: int, available: int, what: str) -> None:
@@ -71,7 +73,7 @@ def borders(centroids: torch.Tensor) -> torch.Tensor:
     return (centroids[..., 1:] + centroids[..., :-1]) / 2
 
 
-def lloyd(x: torch.Tensor, centroids: torch.Tensor, iterations: int = 100) -> torch.Tensor:
+def lloyd(x: torch.Tensor, centroids: torch.Tensor, iterations: int = CONVERGED) -> torch.Tensor:
     """Lloyd's algorithm on sorted values: move each centroid to the mean of the values nearest to it, until nothing moves.
 
     In one dimension a cluster is a stretch of the sorted values, and its mean a difference of two prefix sums: one iteration
@@ -89,7 +91,8 @@ def lloyd(x: torch.Tensor, centroids: torch.Tensor, iterations: int = 100) -> to
     return centroids
 
 
-def kmeans(weight: torch.Tensor, k: int, init: str = "++", iterations: int = 100, seed: int = 0) -> torch.Tensor:
+@remembered
+def kmeans(weight: torch.Tensor, k: int, init: str = "++", iterations: int = CONVERGED, seed: int = 0) -> torch.Tensor:
     """The k centroids of a weight's entries, sorted, (k,). Raises ValueError for an unknown init and too few entries."""
     check_weight(weight)
     check_count(k, weight.numel(), "values")
@@ -110,7 +113,7 @@ class StaticKMeans(Quantizer):
     `init` is `++`, `linear` or `density`. Raises ValueError for bits outside 1 to 8 and more centroids than weights.
     """
 
-    def __init__(self, weight: torch.Tensor, bits: int, init: str = "++", iterations: int = 100, seed: int = 0):
+    def __init__(self, weight: torch.Tensor, bits: int, init: str = "++", iterations: int = CONVERGED, seed: int = 0):
         super().__init__()
         check_bits(bits)
         self.bits = bits
@@ -149,11 +152,11 @@ class TrainedKMeans(Quantizer):
     choice. Raises ValueError for bits outside 1 to 8 and more centroids than weights.
     """
 
-    def __init__(self, weight: torch.Tensor, bits: int, init: str = "linear", iterations: int = 100, seed: int = 0):
+    def __init__(self, weight: torch.Tensor, bits: int, init: str = "linear", iterations: int = CONVERGED, seed: int = 0):
         super().__init__()
         check_bits(bits)
         self.bits = bits
-        self.centroids = nn.Parameter(kmeans(weight, 2**bits, init, iterations, seed))
+        self.centroids = nn.Parameter(kmeans(weight, 2**bits, init, iterations, seed).clone())
         self.register_buffer("index", nearest(weight, self.centroids.detach()).to(torch.uint8))
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
@@ -224,18 +227,39 @@ def nearest_vector(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tenso
 
 def mean_vectors(points: torch.Tensor, index: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """The mean of the points of each index; an index without points keeps its centroid."""
-    sums = torch.zeros_like(centroids).scatter_add_(1, index.unsqueeze(-1).expand_as(points), points)
-    counts = centroids.new_zeros(centroids.shape[:2]).scatter_add_(1, index, torch.ones_like(points[..., 0])).unsqueeze(-1)
-    return torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
+    sums = torch.zeros_like(centroids, dtype=torch.float64).scatter_add_(
+        1, index.unsqueeze(-1).expand_as(points), points.double()
+    )
+    counts = (
+        sums.new_zeros(sums.shape[:2]).scatter_add_(1, index, torch.ones_like(sums[:, :1, 0]).expand(index.shape)).unsqueeze(-1)
+    )
+    return torch.where(counts > 0, (sums / counts.clamp(min=1)).to(centroids), centroids)
 
 
-def kmeans_vectors(points: torch.Tensor, k: int, iterations: int = 15, seed: int = 0) -> torch.Tensor:
-    """Lloyd's algorithm on several sets of points at once; starts from k different points of each set."""
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randperm(points.shape[1], generator=generator)[:k].to(points.device)
-    centroids = points[:, start]
-    for _ in range(iterations):
-        centroids = mean_vectors(points, nearest_vector(points, centroids), centroids)
+@dataclass(frozen=True)
+class Fit:
+    """How a codebook of vectors is fitted: at most so many iterations, on so many of each set's points (None: all)."""
+
+    iterations: int = 25
+    sample: int | None = None
+    seed: int = 0
+
+
+def kmeans_vectors(points: torch.Tensor, k: int, fit: Fit | None = None) -> torch.Tensor:
+    """Lloyd's algorithm on several sets of points at once, until no point changes its centroid or the iterations are used up.
+
+    It starts from k different points of each set, and looks at a random sample of them where `fit` says so.
+    """
+    fit = fit or Fit()
+    order = torch.randperm(points.shape[1], generator=torch.Generator().manual_seed(fit.seed)).to(points.device)
+    if fit.sample is not None:
+        points, order = points[:, order[: max(k, fit.sample)]], torch.arange(len(order), device=points.device)
+    centroids, index = points[:, order[:k]], None
+    for _ in range(fit.iterations):
+        before, index = index, nearest_vector(points, centroids)
+        if before is not None and torch.equal(before, index):
+            break
+        centroids = mean_vectors(points, index, centroids)
     return centroids
 
 
@@ -248,11 +272,14 @@ class ProductQuantizer(Quantizer):
     """Product quantization: W is cut into s blocks of columns, each with a codebook of 2^bits sub-rows.
 
     Gong et al. 2014, survey 3.3. A sub-row costs one index: the rate is 32 m n / (32 k n + log2(k) m s) for W (m, n).
-    `axis="rows"` cuts the rows instead, and sub-columns share. Raises ValueError for bits outside 1 to 8, an `s` that does not
-    divide the axis, and more centroids than sub-vectors in a block.
+    `axis="rows"` cuts the rows instead, and sub-columns share. `shared`: one codebook for all blocks, because those of a small
+    matrix can outweigh its codes; the codebooks' share of the bits is then s times smaller. Raises ValueError for bits outside 1 to
+    8, an `s` that does not divide the axis, and more centroids than sub-vectors of a codebook.
     """
 
-    def __init__(self, weight: torch.Tensor, s: int, bits: int = 8, axis: str = "columns", iterations: int = 15, seed: int = 0):
+    def __init__(
+        self, weight: torch.Tensor, s: int, bits: int = 8, axis: str = "columns", shared: bool = False, fit: Fit | None = None
+    ):
         super().__init__()
         check_bits(bits)
         check_weight(weight)
@@ -261,24 +288,29 @@ class ProductQuantizer(Quantizer):
         length = weight.shape[1 if axis == "columns" else 0]
         if s < 1 or length % s:
             raise ValueError(f"s must divide the {length} {axis}, got {s}")
-        check_count(2**bits, weight.numel() // length, "sub-vectors per block")
-        self.bits, self.s, self.axis = bits, s, axis
-        self.register_buffer("centroids", kmeans_vectors(self.points(weight), 2**bits, iterations, seed))
+        self.bits, self.s, self.axis, self.shared = bits, s, axis, shared
+        points = self.points(weight)
+        check_count(2**bits, points.shape[1], "sub-vectors per codebook")
+        self.register_buffer("centroids", kmeans_vectors(points, 2**bits, fit))
 
     def points(self, weight: torch.Tensor) -> torch.Tensor:
-        """The sub-vectors of a weight, (s, points, d)."""
+        """The sub-vectors of a weight, a set per codebook: (s, points, d), shared (1, s * points, d)."""
         w = weight.detach().float()
-        return cut_columns(w if self.axis == "columns" else w.T, self.s)
+        cut = cut_columns(w if self.axis == "columns" else w.T, self.s)
+        return cut.flatten(0, 1).unsqueeze(0) if self.shared else cut
+
+    def indices(self, weight: torch.Tensor) -> torch.Tensor:
+        """The nearest sub-vector of each block's codebook, (s, points)."""
+        return nearest_vector(self.points(weight), self.centroids).view(self.s, -1)
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
-        """The nearest sub-vector of each block's codebook."""
-        w = paste_columns(look_up(self.centroids, nearest_vector(self.points(weight), self.centroids)))
+        """Every sub-row as its codebook has it."""
+        w = paste_columns(look_up(self.centroids.expand(self.s, -1, -1), self.indices(weight)))
         return (w if self.axis == "columns" else w.T).to(weight.dtype)
 
     def encode(self, weight: torch.Tensor) -> Encoded:
-        """Packed indices (s, points) and s codebooks."""
-        index = nearest_vector(self.points(weight), self.centroids)
-        return encodings.product(index, self.centroids, weight.shape, self.bits, self.axis)
+        """Packed indices (s, points) and s codebooks, or one."""
+        return encodings.product(self.indices(weight), self.centroids, weight.shape, self.bits, self.axis)
 
 
 def product_rate(m: int, n: int, s: int, k: int) -> float:
@@ -294,14 +326,12 @@ def residual_rate(m: int, n: int, t: int, k: int) -> float:
 class ResidualQuantizer(Quantizer):
     """Residual quantization: k-means on the rows, then on what is left of them, t times; w = c_1 + ... + c_t. Gong et al. 2014.
 
-    Survey 3.3. `length` cuts rows into pieces that share the codebooks (None: whole rows, as in the paper, where the codebooks
-    can outweigh the matrix). Raises ValueError for bits outside 1 to 8, t below 1, a length that does not divide the row, and
+    Survey 3.3. `length` cuts rows into pieces, and all pieces share the t codebooks (None: whole rows, as in the paper, where the
+    codebooks can outweigh the matrix). Raises ValueError for bits outside 1 to 8, t below 1, a length that does not divide the row, and
     more centroids than vectors.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, t: int, bits: int = 8, length: int | None = None, iterations: int = 15, seed: int = 0
-    ):
+    def __init__(self, weight: torch.Tensor, t: int, bits: int = 8, length: int | None = None, fit: Fit | None = None):
         super().__init__()
         check_bits(bits)
         check_weight(weight)
@@ -310,8 +340,8 @@ class ResidualQuantizer(Quantizer):
             raise ValueError(f"t must be 1 or more and length divide the {weight.shape[1]} columns, got {t} and {length}")
         check_count(2**bits, weight.numel() // self.length, "vectors")
         residual, codebooks = self.points(weight), []
-        for i in range(t):
-            codebooks.append(kmeans_vectors(residual, 2**bits, iterations, seed + i))
+        for _ in range(t):
+            codebooks.append(kmeans_vectors(residual, 2**bits, fit))
             residual = residual - look_up(codebooks[-1], nearest_vector(residual, codebooks[-1]))
         self.register_buffer("centroids", torch.cat(codebooks))  # (t, k, length)
 
@@ -346,9 +376,9 @@ def signs(w: torch.Tensor) -> torch.Tensor:
 
 def least_squares(w: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """alpha = (B^T B)^-1 B^T w of each row; pseudo-inverse where two codes of a row are equal."""
-    B = B.double()  # which mixed precision leaves alone
-    gram, target = B @ B.mT / w.shape[-1], B @ w.double().unsqueeze(-1) / w.shape[-1]
-    return (torch.linalg.pinv(gram, hermitian=True, rtol=1e-9) @ target).squeeze(-1).to(w.dtype)
+    with torch.autocast(w.device.type, enabled=False):  # bfloat16 cannot count the entries of a row
+        gram, target = ((B @ other).double() / w.shape[-1] for other in (B.mT, w.unsqueeze(-1)))
+    return (torch.linalg.pinv(gram, hermitian=True, rtol=1e-6) @ target).squeeze(-1).to(w.dtype)
 
 
 def greedy_bits(w: torch.Tensor, k: int, refine: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -371,15 +401,20 @@ def recode(w: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     S = (2 * (numbers & 1) - 1).to(w)  # (2^k, k): all sign patterns
     values, order = (alpha.unsqueeze(1) * S).sum(-1).sort(-1)
     index = torch.searchsorted(borders(values).contiguous(), w.contiguous())
-    return S[order.gather(-1, index)].transpose(1, 2)
+    return torch.stack([S[:, i][order].gather(-1, index) for i in range(k)], dim=1)
 
 
-def alternating_bits(w: torch.Tensor, k: int, cycles: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Alternate the best alphas for the codes and the best codes for the alphas, from the greedy start.
+def alternating_bits(
+    w: torch.Tensor, k: int, cycles: int = 2, alpha: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Alternate the best alphas for the codes and the best codes for the alphas, from the greedy start or from given alphas.
 
     Xu et al. 2018, survey 3.3. Neither step can make the error larger; two cycles suffice, says the paper.
     """
-    alpha, B = greedy_bits(w, k)
+    if alpha is None:
+        alpha, B = greedy_bits(w, k)
+    else:
+        B = recode(w, alpha)
     for _ in range(cycles):
         alpha = least_squares(w, B)
         B = recode(w, alpha)
@@ -397,8 +432,10 @@ class MultiBitQuantizer(Quantizer):
     """k binary codes with a scale each, per row: w = sum_i alpha_i b_i. Guo et al. 2017, Xu et al. 2018, survey 3.3.
 
     `method` is `greedy`, `refined` or `alternating`. Trained with it, the model solves Xu's bi-level problem: the codes are the
-    inner minimum for the present weights, and the gradient at the quantized weights moves the weights underneath. Takes any
-    shape (..., n), so `quantized_inputs` may use it for activations. Raises ValueError for bits outside 1 to 8.
+    inner minimum for the present weights, found anew in every step, and the gradient at the quantized weights moves the weights
+    underneath. `alternating` goes on from the alphas of the step before, one cycle a step. Takes any shape (..., n), so
+    `quantized_inputs` may use it for activations (which must not be trained: their rows are other tokens each time). Raises
+    ValueError for bits outside 1 to 8.
     """
 
     def __init__(self, bits: int, method: str = "alternating"):
@@ -406,12 +443,21 @@ class MultiBitQuantizer(Quantizer):
         check_bits(bits)
         if method not in MULTI_BIT:
             raise ValueError(f"method must be one of {', '.join(MULTI_BIT)}, got {method!r}")
-        self.bits, self.solve = bits, MULTI_BIT[method]
+        self.bits, self.method = bits, method
+        self.held: torch.Tensor | None = None  # alphas of the last training step
+        self.eval()  # until a training loop says otherwise
 
     def codes(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha (rows, k) and B (rows, k, n)."""
         check_weight(weight)
-        return self.solve(weight.detach().float().flatten(0, -2), self.bits)
+        w = weight.detach().float().flatten(0, -2)
+        if self.method != "alternating" or self.held is None:
+            alpha, B = MULTI_BIT[self.method](w, self.bits)
+        else:
+            alpha, B = alternating_bits(w, self.bits, 1, self.held)
+        if self.training:
+            self.held = alpha
+        return alpha, B
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """The sum of the scaled codes."""

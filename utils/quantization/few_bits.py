@@ -46,7 +46,7 @@ def reading(board: Board, label: str, control: str | None = None) -> str:
     row = board.find(label)
     against, (low, high) = row.against_control, row.against_control["ci95"]
     text = (f"{label}: {row.effect[CHANGED]:.2f} % of the codes changed, the training loss went from {row.effect[FIRST]:.2f} to "
-            f"{row.effect[LAST]:.2f}. From {against['control']}, it is {100 * against['difference']:+.1f} points away "
+            f"{row.effect[LAST]:.2f}. Against {against['control']}: {100 * against['difference']:+.1f} points "
             f"[{100 * low:+.1f}, {100 * high:+.1f}].")  # fmt: skip
     told = [textwrap.fill(text, COLUMNS)]
     return "\n".join(told if control is None else [*told, board.compare(label, control)])
@@ -56,9 +56,8 @@ def guessing(board: Board, label: str) -> str:
     """Whether the interval of a row's accuracy contains what always answering the most frequent label gives."""
     low, high = (100 * end for end in board.find(label).accuracy_ci95)
     majority = 100 * board.task.majority_accuracy()
-    if low <= majority <= high:
-        return (
-            f"{label}: at the level of guessing, [{low:.1f}, {high:.1f}] % contains the most frequent label's {majority:.1f} %."
-        )
-    side = "above" if low > majority else "below"
-    return f"{label}: {side} the level of guessing, [{low:.1f}, {high:.1f}] % against the most frequent label's {majority:.1f} %."
+    inside = low <= majority <= high
+    level = "at" if inside else "above" if low > majority else "below"
+    text = (f"{label}: {level} the level of guessing. Its interval, {low:.1f} to {high:.1f} %, {'contains' if inside else 'excludes'} the "
+            f"{majority:.1f} % of always answering the most frequent label.")  # fmt: skip
+    return textwrap.fill(text, COLUMNS)

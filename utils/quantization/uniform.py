@@ -8,6 +8,7 @@ two space the levels unevenly, balanced quantization fills them evenly.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -130,44 +131,50 @@ def mean_range(x: torch.Tensor, bits: int, symmetric: bool) -> Range:
     return clip_at(x, 1.25 * x.abs().mean(-1, keepdim=True), symmetric)
 
 
-def stretches(
-    x: tuple[torch.Tensor, torch.Tensor], scale: torch.Tensor, zero: torch.Tensor, codes: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many values have each code, and their sum, (ranges, scales, codes) in float64: a level's values are a stretch of the sorted ones.
+@dataclass
+class SortedValues:
+    """Sorted values of every range, (ranges, n), and their sums from the left, (ranges, n + 1), float64: no search looks at the rest."""
 
-    `x` (ranges, n) sorted, with its sums from the left; `scale` (ranges, scales), `zero` (ranges, 1), all `codes` (codes,).
-    """
-    values, sums = x
-    borders = scale.unsqueeze(-1) * (codes[:-1] + 0.5 - zero.unsqueeze(-1))
-    ends = torch.searchsorted(values, borders.flatten(1).to(values.dtype).contiguous()).view(borders.shape)
-    ends = nn.functional.pad(nn.functional.pad(ends, (1, 0)), (0, 1), value=values.shape[-1])
-    return ends.diff().double(), sums.gather(1, ends.flatten(1)).view(ends.shape).diff()
+    values: torch.Tensor
+    sums: torch.Tensor
+    square: torch.Tensor  # sum of squares, (ranges, 1)
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> "SortedValues":
+        """From x (ranges, n)."""
+        values = np.sort(x.numpy(force=True), -1)
+        sums = np.zeros((len(values), values.shape[-1] + 1))
+        np.cumsum(values, -1, dtype=np.float64, out=sums[:, 1:])
+        square = np.einsum("ij,ij->i", values, values, dtype=np.float64)[:, None]
+        return cls(*(torch.from_numpy(part).to(x.device) for part in (values, sums, square)))
+
+    def stretches(self, borders: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many values lie between neighbouring borders, and their sum, (ranges, scales, levels); `borders` (ranges, scales, levels - 1)."""
+        ends = torch.searchsorted(self.values, borders.flatten(1).to(self.values.dtype)).view(borders.shape)
+        ends = nn.functional.pad(nn.functional.pad(ends, (1, 0)), (0, 1), value=self.values.shape[-1])
+        return ends.diff(), self.sums.gather(1, ends.flatten(1)).view(ends.shape).diff()
 
 
 def least_error_scale(
-    x: torch.Tensor, widest: torch.Tensor, zero: torch.Tensor, top: int, tries: int = 25
+    x: SortedValues, widest: torch.Tensor, zero: torch.Tensor, top: int, tries: int = 25
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale at which the levels scale * (code - zero), code = 0, ..., top, have the least squared error to x; and that error.
 
-    `x` (ranges, n), `widest` and `zero` (ranges, 1). Tries widest * 2^(-i/4), i = 0, ..., tries - 1, then alternates the nearest
-    codes and the least-squares scale. Every error is exact and costs `top` binary searches, however many values there are.
+    `widest` and `zero` (ranges, 1). Tries widest * 2^(-i/4), i = 0, ..., tries - 1, then alternates the nearest codes and the
+    least-squares scale. Every error is exact and costs `top` binary searches, however many values there are.
     """
-    values = torch.from_numpy(np.sort(x.numpy(force=True), -1)).to(x.device)
-    held = values, nn.functional.pad(values.double().cumsum(-1), (1, 0))
-    codes = torch.arange(top + 1, device=x.device, dtype=torch.float64)
-    distance = (codes - zero.double()).unsqueeze(1)  # (ranges, 1, codes)
-    scale = widest.double() * 2 ** (-torch.arange(tries, device=x.device) / 4)
+    b = (torch.arange(top + 1, device=zero.device) - zero.double()).unsqueeze(1)  # (ranges, 1, levels)
 
     def error(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        counts, sums = stretches(held, scale, zero.double(), codes)
-        square, product = (distance.square() * counts).sum(-1), (distance * sums).sum(-1)
+        counts, sums = x.stretches(scale.unsqueeze(-1) * (b[..., :-1] + 0.5))
+        square, product = (b.square() * counts).sum(-1), (b * sums).sum(-1)
         return scale * (scale * square - 2 * product), torch.where(product > 0, product / square, scale)
 
-    best = error(scale)[0].argmin(-1, keepdim=True)
-    scale = scale.gather(1, best)
+    scale = widest.double() * 2 ** (-torch.arange(tries, device=zero.device) / 4)
+    scale = scale.gather(1, error(scale)[0].argmin(-1, keepdim=True))
     for _ in range(POLISH):
         scale = error(scale)[1]
-    return scale.to(x.dtype), error(scale)[0] + x.double().square().sum(-1, keepdim=True)
+    return scale.to(x.values.dtype), error(scale)[0] + x.square
 
 
 def mse_range(x: torch.Tensor, bits: int, symmetric: bool, tries: int = 25) -> Range:
@@ -177,8 +184,8 @@ def mse_range(x: torch.Tensor, bits: int, symmetric: bool, tries: int = 25) -> R
     """
     widest, zero = affine(*max_range(x, bits, symmetric), bits, symmetric)
     top = top_code(bits, symmetric)
-    flat = [t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0) for t in (x, widest, zero)]
-    scale = least_error_scale(*flat, top, tries)[0].view(widest.shape)
+    ranges = SortedValues.of(x.reshape(-1, x.shape[-1]))
+    scale = least_error_scale(ranges, widest.view(-1, 1), zero.view(-1, 1), top, tries)[0].view(widest.shape)
     return -scale * zero, scale * (top - zero)
 
 
@@ -312,12 +319,11 @@ def even_grid(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     An even number of levels cannot lie around zero and contain it. Three grids compete in every range: symmetric, with zero halfway
     between two levels; zero a level and one level more below it; the same above it.
     """
-    flat, top = x.flatten(0, -2), 2**bits - 1
-    peak = flat.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    found = []
+    flat, top, found = x.flatten(0, -2), 2**bits - 1, []
+    ranges, peak = SortedValues.of(flat), flat.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     for zero in (top / 2, *((top // 2, top // 2 + 1) if bits > 1 else ())):
         places = torch.full_like(peak, zero)
-        found.append((*least_error_scale(flat, peak / min(zero, top - zero), places, top), places))
+        found.append((*least_error_scale(ranges, peak / min(zero, top - zero), places, top), places))
     scale, error, zero = (torch.stack(column) for column in zip(*found, strict=True))
     best = error.argmin(0, keepdim=True)
     return scale.gather(0, best)[0].view(*x.shape[:-1], 1), zero.gather(0, best)[0].view(*x.shape[:-1], 1)
