@@ -59,6 +59,30 @@ def test_obd_scores_weigh_the_curvature_with_the_squared_weight(tiny, batch):
 
 
 @pytest.mark.method("P-01")
+def test_obd_ranks_over_the_whole_network_unless_told_otherwise(tiny, batch):
+    scores = hessian.obd_scores(tiny, [batch])
+    masks = hessian.obd_masks(tiny, [batch], 0.5)
+    threshold = torch.cat([score.flatten() for score in scores.values()]).median()
+    assert all(torch.equal(masks[name], score > threshold) for name, score in scores.items())
+    assert len({mask.float().mean().item() for mask in masks.values()}) > 1
+    per_matrix = hessian.obd_masks(tiny, [batch], 0.5, scope="matrix")
+    assert {round(mask.float().mean().item(), 3) for mask in per_matrix.values()} == {0.5}
+
+
+@pytest.mark.method("P-01")
+def test_the_default_damping_orders_weights_that_no_example_moves(tiny, batch):
+    def no_curvature(model, batches, groups):
+        return {m.name: torch.zeros_like(m.weight) if number else torch.ones_like(m.weight)
+                for number, m in enumerate(matrices(model, groups))}  # fmt: skip
+
+    scores = hessian.obd_scores(tiny, [batch], diagonal=no_curvature)
+    first, second, *_ = matrices(tiny)
+    assert (scores[second.name] > 0).all() and scores[second.name].max() < 1e-6 * scores[first.name].max()
+    share = first.weight.numel() / sum(m.weight.numel() for m in matrices(tiny))  # the mean curvature
+    torch.testing.assert_close(scores[second.name], 0.5e-8 * share * second.weight.detach() ** 2)
+
+
+@pytest.mark.method("P-01")
 def test_a_negative_curvature_does_not_make_a_weight_look_harmful():
     weight, h = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([-5.0, 0.0, 1.0])
     assert hessian.obd_saliency(weight, h).tolist() == [0.0, 0.0, 4.5]

@@ -57,18 +57,12 @@ class Neighbours:
         self.spelled = {word: [word[0], *(INSIDE + letter for letter in word[1:])] for word in counts}
         self.pairs: Counter[tuple[str, str]] = Counter()
         self.where: dict[tuple[str, str], set[str]] = defaultdict(set)
-        for word in counts:
-            self.note(word, 1)
+        for word, pieces in self.spelled.items():
+            for pair in pairwise(pieces):
+                self.pairs[pair] += counts[word]
+                self.where[pair].add(word)
         self.queue = [(-count, pair) for pair, count in self.pairs.items()]
         heapq.heapify(self.queue)
-
-    def note(self, word: str, sign: int) -> set[tuple[str, str]]:
-        """Count a word's pairs (sign 1), or take them out again (-1); returns them."""
-        found = list(pairwise(self.spelled[word]))
-        for pair in found:
-            self.pairs[pair] += sign * self.counts[word]
-            self.where[pair].add(word)
-        return set(found)
 
     def most_frequent(self) -> tuple[str, str] | None:
         """The pair that occurs most often, the first in the alphabet where several do; None where no pair is left."""
@@ -80,20 +74,31 @@ class Neighbours:
 
     def merge(self, pair: tuple[str, str]) -> str:
         """Make one piece of a pair wherever it occurs; returns the piece."""
-        joined, changed = pair[0] + pair[1].removeprefix(INSIDE), set()
-        for word in sorted(self.where.pop(pair)):
-            changed |= self.note(word, -1)
-            merged: list[str] = []
-            for piece in self.spelled[word]:
-                if merged and (merged[-1], piece) == pair:
-                    merged[-1] = joined
-                else:
-                    merged.append(piece)
-            self.spelled[word] = merged
-            changed |= self.note(word, 1)
-        for other in sorted(changed - {pair}):
-            heapq.heappush(self.queue, (-self.pairs[other], other))
+        joined, change = pair[0] + pair[1].removeprefix(INSIDE), Counter()
+        for word in self.where.pop(pair):
+            before, self.spelled[word] = self.spelled[word], joined_up(self.spelled[word], pair, joined)
+            for old in pairwise(before):
+                change[old] -= self.counts[word]
+                self.where[old].discard(word)
+            for new in pairwise(self.spelled[word]):
+                change[new] += self.counts[word]
+                self.where[new].add(word)
+        for other, difference in change.items():
+            if difference:
+                self.pairs[other] += difference
+                heapq.heappush(self.queue, (-self.pairs[other], other))
         return joined
+
+
+def joined_up(pieces: list[str], pair: tuple[str, str], joined: str) -> list[str]:
+    """A word's pieces with every occurrence of a pair, from the left, as one piece."""
+    found: list[str] = []
+    for piece in pieces:
+        if found and (found[-1], piece) == pair:
+            found[-1] = joined
+        else:
+            found.append(piece)
+    return found
 
 
 def build_vocabulary(counts: Counter[str], size: int) -> list[str]:

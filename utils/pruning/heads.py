@@ -453,7 +453,7 @@ def head_relevance(model: nn.Module, batches: list[dict]) -> torch.Tensor:
         share = logits.new_zeros(len(logits), len(counts), max(counts))
         for number, (relevance, count) in enumerate(zip(found, counts, strict=True)):
             if count:
-                of_heads = relevance.unflatten(-1, (count, -1)).abs().sum((1, 3))  # (batch, heads)
+                of_heads = relevance.unflatten(-1, (count, -1)).sum((1, 3))  # (batch, heads)
                 share[:, number, :count] = nn.functional.normalize(of_heads, p=1, dim=-1)
         shares.append(share.detach())
     return torch.cat(shares).mean(0)

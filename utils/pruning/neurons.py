@@ -19,7 +19,6 @@ from utils.training import check_batches
 NeuronScores = dict[int, torch.Tensor]
 Prox = Callable[[torch.Tensor, float], torch.Tensor]
 GROUPS = ("coupled", "incoming", "outgoing", "separate")
-MARGIN = 1.1  # planned travel over the distance: the warm-up takes a little of it, and so does a gradient that pulls back
 
 
 @torch.no_grad()
@@ -208,11 +207,11 @@ def silence(layer: nn.Module, neurons: torch.Tensor) -> None:
 class ProximalPruning:
     """Hook: proximal gradient under a penalty that rises until `share` of each layer's neurons is zero, and then rests.
 
-    After each optimiser step on the task loss alone, W <- prox(W, lr * strength * step / end). Once the share is zero (at
-    `end` at the latest) a layer is settled; `alive` then holds the keep-masks, and `zeroed` how many neurons the penalty
-    itself zeroed. The step is AdamW's where the papers use plain SGD; ramp, target and what is given back are ours, for a
-    constant strength stops anywhere. Murray & Chiang 2015 (arXiv 1508.05051); Pan, Dong, Guo 2016 (arXiv 1606.07326); survey
-    2.2. Raises ValueError for a share outside [0, 1), an `end` below 1 and unknown groups.
+    After each optimiser step on the task loss alone, W <- prox(W, lr * strength). Once the share is zero (at `end` at the
+    latest) a layer is settled; `alive` then holds the keep-masks, and `zeroed` how many neurons the penalty itself zeroed. The
+    step is AdamW's where the papers use plain SGD; ramp, target and what is given back are ours, for a constant strength stops
+    anywhere. Murray & Chiang 2015 (arXiv 1508.05051); Pan, Dong, Guo 2016 (arXiv 1606.07326); survey 2.2. Raises ValueError for
+    a share outside [0, 1), an `end` below 1 and unknown groups.
     """
 
     share: float
@@ -221,7 +220,7 @@ class ProximalPruning:
     groups: str = "coupled"
     alive: Keep = field(default_factory=dict)
     zeroed: dict[int, int] = field(default_factory=dict)
-    strength: dict[int, float] = field(default_factory=dict)
+    strength: dict[int, float] = field(default_factory=dict)  # of the latest step
     taken: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # from each group so far
 
     def __post_init__(self) -> None:
@@ -231,16 +230,14 @@ class ProximalPruning:
         """Press on every layer that is not settled yet, and hold the dead of those that are."""
         rates = optimizer.param_groups[0]
         for number, layer in enumerate(model.bert.encoder.layer):
-            if number not in self.strength:
-                plan(self, number, layer, rates.get("initial_lr", rates["lr"]))
             if number in self.alive:
                 silence(layer, ~self.alive[number])
                 continue
-            amount = rates["lr"] * self.strength[number] * step / self.end
-            for total, part in zip(
-                self.taken[number], shrink_neurons(layer, self.prox, amount, self.groups, self.share), strict=True
-            ):
-                total += part
+            self.strength[number] = plan(self, layer, step, rates.get("initial_lr", rates["lr"]))
+            amount = rates["lr"] * self.strength[number]
+            parts = shrink_neurons(layer, self.prox, amount, self.groups, self.share)
+            taken = self.taken.get(number, [0.0] * len(parts))
+            self.taken[number] = [total + part for total, part in zip(taken, parts, strict=True)]
             self.zeroed[number] = int((smallest_norm(layer, self.groups) == 0).sum())
             if step >= self.end or self.zeroed[number] >= round(self.share * layer.intermediate.dense.out_features):
                 settle(self, number, layer)
@@ -254,16 +251,18 @@ def check_penalty(share: float, end: int, groups: str) -> None:
         raise ValueError(f"end must be a step, 1 or later, got {end}")
 
 
-def plan(penalty: ProximalPruning, number: int, layer: nn.Module, learning_rate: float) -> None:
-    """Choose a layer's strength so that the planned travel fits its norms.
+def plan(penalty: ProximalPruning, layer: nn.Module, step: int, learning_rate: float) -> float:
+    """The strength of this step, from the way that is left.
 
-    Over a training a group shrinks by sum_i lr_i * strength_i at most. The distance to go is the dual norm below which
-    `share` of the groups lie; it grows with the size of a group, so that penalties of different shape travel equally far.
+    Over a training a group shrinks by sum_i lr_i * strength_i, unless its gradient pulls it up again. The way to go is the dual
+    norm below which `share` of the groups lie; it grows with the size of a group, so that penalties of different shape travel
+    equally far. A ramp 1, 2, ..., end shares it out, and is planned anew at every step for what is left of both.
     """
-    penalty.taken[number] = [torch.zeros_like(group) for group in neuron_groups(layer, penalty.groups)]
-    distance = smallest_norm(layer, penalty.groups, DUAL_ORDER[penalty.prox]).quantile(penalty.share).item()
-    ramp = (penalty.end + 1) / 2  # the sum of 1 / end, 2 / end, ..., 1
-    penalty.strength[number] = MARGIN * distance / (learning_rate * ramp)
+    most = round(penalty.share * layer.intermediate.dense.out_features)
+    if not most:
+        return 0.0
+    distance = smallest_norm(layer, penalty.groups, DUAL_ORDER[penalty.prox]).kthvalue(most).values.item()
+    return distance * step / sum(range(step, penalty.end + 1)) / learning_rate
 
 
 def settle(penalty: ProximalPruning, number: int, layer: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""What training does to weights of one and two bits (survey sections 3.1 to 3.3): did their levels change, and was that worth it?
+"""What training does to weights of one and two bits (survey sections 3.1 to 3.3): did levels change, and was it worth it?
 
-A level changes only when a latent weight crosses a threshold. Where few do, what a network regains comes from its scales, biases,
-LayerNorm and classifier. The control that tells holds the latent weights still and trains all else.
+A level changes only when a latent weight crosses a threshold. Where few do, what a network regains comes from its scales,
+biases, LayerNorm and classifier. The control that tells holds the latent weights still and trains all else.
 """
 
 import textwrap
@@ -14,7 +14,7 @@ from utils.results import COLUMNS
 from utils.trials import Trial
 
 CHANGED, FIRST, LAST = "codes changed (%)", "first training loss", "last training loss"
-LEAST = 0.5  # per cent of the codes: at a rate that leaves the dense model unharmed fewer change, and the method is hardly tried
+LEAST = 0.5  # per cent of the codes: at a rate that leaves the dense model unharmed fewer change, and nothing is tried
 
 
 def frozen(make: Callable[[Matrix], Quantizer]) -> Callable[[Matrix], Quantizer]:
@@ -32,8 +32,10 @@ def frozen(make: Callable[[Matrix], Quantizer]) -> Callable[[Matrix], Quantizer]
 
 
 def moved(trial: Trial, changed: float, at_least: float | None = LEAST, at_most: float | None = None) -> dict[str, Acted]:
-    """The mechanism of a trained row: per cent of the codes that `changed`, with its bounds, and the training loss in nats, mean of
-    the first and of the last sixth of the steps. Raises ValueError for a trial that was not trained."""
+    """The mechanism of a trained row: per cent of the codes that `changed`, with its bounds, and the training loss in nats.
+
+    The two losses are means over the first and over the last sixth of the steps. Raises ValueError for a trial without training.
+    """
     if not trial.losses:
         raise ValueError("a trial without training moved nothing")
     part = max(1, len(trial.losses) // 6)
@@ -42,7 +44,7 @@ def moved(trial: Trial, changed: float, at_least: float | None = LEAST, at_most:
 
 
 def reading(board: Board, label: str, control: str | None = None) -> str:
-    """What the training of a row did, its difference from the dense model with the same training, and from the frozen control."""
+    """What the training of a row did, its difference from the dense model with the same training, and from its control."""
     row = board.find(label)
     against, (low, high) = row.against_control, row.against_control["ci95"]
     text = (f"{label}: {row.effect[CHANGED]:.2f} % of the codes changed, the training loss went from {row.effect[FIRST]:.2f} to "
@@ -58,6 +60,6 @@ def guessing(board: Board, label: str) -> str:
     majority = 100 * board.task.majority_accuracy()
     inside = low <= majority <= high
     level = "at" if inside else "above" if low > majority else "below"
-    text = (f"{label}: {level} the level of guessing. Its interval, {low:.1f} to {high:.1f} %, {'contains' if inside else 'excludes'} the "
-            f"{majority:.1f} % of always answering the most frequent label.")  # fmt: skip
+    text = (f"{label}: {level} the level of guessing. Its interval, {low:.1f} to {high:.1f} %, "
+            f"{'contains' if inside else 'excludes'} the {majority:.1f} % of always answering the most frequent label.")  # fmt: skip
     return textwrap.fill(text, COLUMNS)
