@@ -159,6 +159,8 @@ def test_cost_attention_is_the_authors_and_prefers_cheap_layers():
     np.testing.assert_allclose(found, raised / raised.sum())
     assert found[1] > found[0]  # the second layer is the cheaper one
     np.testing.assert_allclose(layers.cost_attention(flow, cost, weights, 1e9), [0.5, 0.5], atol=1e-6)
+    none = layers.cost_attention(np.array([[0.0, 0.0], [0.5, 0.5]]), cost, np.array([1e-9, 1 - 1e-9]), T)
+    assert none[0] < none[1]  # a layer that moves nothing is not thereby cheap
 
 
 @pytest.mark.method("K-26")

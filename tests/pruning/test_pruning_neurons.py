@@ -261,19 +261,22 @@ def test_of_two_separate_groups_the_smaller_one_counts():
 @pytest.mark.parametrize("prox", MAPS)
 @pytest.mark.parametrize("groups", neurons.GROUPS)
 def test_the_planned_travel_zeroes_the_share_and_no_more(groups, prox):
-    """Without a gradient the travel alone decides: nothing dies in the first half of the ramp, the share is dead at its end."""
-    model, dead = tiny(), []
+    """Without a gradient the travel alone decides: after each step those are dead whose dual norm it has covered."""
+    model = tiny()
+    norms = [torch.stack([dual_norm(group, prox) for group in in_groups(*weights(model, number), groups)]).amin(0)
+             for number in range(LAYERS)]  # fmt: skip
     penalty = neurons.ProximalPruning(0.25, 20, prox, groups)
-    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1, "initial_lr": 0.1}])
     for step in range(1, 21):
-        penalty(step, model, optimizer)
-        dead.append(sum(penalty.zeroed.values()))
-    assert dead[9] == 0 and LAYERS * 12 <= dead[18] <= dead[19] == LAYERS * 16
-    assert penalty.zeroed == {number: 16 for number in range(LAYERS)}
-    start = tiny()
-    for number, alive in penalty.alive.items():  # without a gradient the smallest groups go: not the largest, not some others
-        norms = torch.stack([dual_norm(group, prox) for group in in_groups(*weights(start, number), groups)]).amin(0)
-        assert alive.nonzero().flatten().tolist() == sorted(norms.argsort()[16:].tolist())
+        penalty(step, model, SimpleNamespace(param_groups=[{"lr": 0.1, "initial_lr": 0.1}]))
+        for number, norm in enumerate(norms):
+            travel = norm.kthvalue(16).values * step * (step + 1) / 420
+            assert (
+                penalty.zeroed[number]
+                == int((norm <= travel * (1 + 1e-5)).sum())
+                == (16 if step == 20 else penalty.zeroed[number])
+            )
+    for number, alive in penalty.alive.items():  # the smallest groups went: not the largest, not some others
+        assert alive.nonzero().flatten().tolist() == sorted(norms[number].argsort()[16:].tolist())
 
 
 @pytest.mark.method("P-13a", "P-13b")

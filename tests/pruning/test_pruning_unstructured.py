@@ -512,14 +512,15 @@ def test_bad_schedules(model):
 
 
 @pytest.mark.method("P-08")
-def test_transformers_zip_prunes_at_once_and_nine_times_more(model):
+@pytest.mark.parametrize("end", [20, 29])
+def test_transformers_zip_prunes_at_once_and_nine_times_more(model, end):
     embeddings = model.bert.embeddings.word_embeddings.weight.detach().clone()
-    hook = iterative.transformers_zip_pruning(model, 0.2, 0.65, end=20)
+    hook = iterative.transformers_zip_pruning(model, 0.2, 0.65, end=end)
     shares = [sparsity_of(held_masks(model))]
-    for step in range(1, 21):
+    for step in range(1, end + 1):
         hook(step, model, None)
         shares.append(sparsity_of(held_masks(model)))
-    rises = [step for step in range(1, 21) if shares[step] > shares[step - 1]]
+    rises = [step for step in range(1, end + 1) if shares[step] > shares[step - 1]]
     assert rises == list(range(2, 19, 2))  # nine, equally spaced, and the last tenth left for recovery
     assert [shares[0], *(shares[s] for s in rises)] == pytest.approx([0.2 + 0.05 * i for i in range(10)], abs=1e-3)
     per_matrix = [1 - mask.float().mean().item() for mask in held_masks(model).values()]

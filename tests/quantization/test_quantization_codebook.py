@@ -64,6 +64,18 @@ def test_starts_are_what_they_claim(weight):
     assert not torch.equal(codebook.plus_plus_init(x, 4, 0), codebook.plus_plus_init(x, 4, 1))
 
 
+@pytest.mark.method("Q-20", "Q-21")
+def test_by_default_kmeans_runs_until_nothing_moves_and_nobody_changes_what_is_remembered():
+    w = torch.randn(100, 300) ** 3
+    x = w.flatten().sort().values
+    for make in (StaticKMeans, TrainedKMeans):
+        quantizer = make(w, 4)
+        assert torch.equal(codebook.lloyd(x, quantizer.centroids.detach(), 1), quantizer.centroids)
+    with torch.no_grad():
+        quantizer.centroids.add_(1)
+    assert torch.equal(TrainedKMeans(w, 4).centroids + 1, quantizer.centroids)
+
+
 @pytest.mark.method("Q-20")
 def test_a_large_matrix_takes_a_moment():
     import time
@@ -173,6 +185,37 @@ def test_products_and_residuals_reconstruct_as_well_as_faiss():
 
 
 @pytest.mark.method("Q-22", "Q-23")
+def test_by_default_vectors_are_clustered_until_little_moves_and_a_sample_serves_all():
+    w = torch.randn(512, 32)
+    points = w.reshape(1, -1, 4)
+    centroids = codebook.kmeans_vectors(points, 16)
+
+    def left(centroids):
+        return (points - codebook.look_up(centroids, codebook.nearest_vector(points, centroids))).square().sum().item()
+
+    longer = left(codebook.kmeans_vectors(points, 16, Fit(200)))
+    assert left(centroids) < 1.01 * longer < 1.01 * left(codebook.kmeans_vectors(points, 16, Fit(1)))
+    assert left(codebook.kmeans_vectors(points, 16, Fit(sample=1000))) < 1.1 * longer
+    assert not torch.equal(codebook.kmeans_vectors(points, 16, Fit(seed=1)), centroids)
+
+
+@pytest.mark.method("Q-22")
+@pytest.mark.parametrize("axis", ["columns", "rows"])
+def test_a_shared_codebook_is_kmeans_on_all_blocks_together_and_is_stored_once(axis):
+    w = torch.randn(96, 64)
+    quantizer = ProductQuantizer(w, 16, 5, axis, shared=True)
+    turned = w if axis == "columns" else w.T
+    points = turned.unflatten(1, (16, -1)).transpose(0, 1).flatten(0, 1).unsqueeze(0)
+    assert torch.equal(codebook.kmeans_vectors(points, 32), quantizer.centroids)
+    d = turned.shape[1] // 16
+    nearest = torch.cdist(turned.reshape(-1, d), quantizer.centroids[0]).argmin(1)
+    expected = quantizer.centroids[0][nearest].view_as(turned)
+    torch.testing.assert_close(quantizer.quantize(w), expected if axis == "columns" else expected.T)
+    assert quantizer.encode(w).nbytes == 16 * len(turned) * 5 // 8 + 4 * 32 * d
+    assert error(w, quantizer.quantize(w)) > error(w, ProductQuantizer(w, 16, 5, axis).quantize(w))  # what sharing costs
+
+
+@pytest.mark.method("Q-22", "Q-23")
 def test_rates_are_those_of_the_bytes():
     w = torch.randn(256, 64)
     assert w.nbytes / ProductQuantizer(w, 8, 4).encode(w).nbytes == pytest.approx(codebook.product_rate(256, 64, 8, 16))
@@ -216,6 +259,40 @@ def test_refined_alphas_are_numpys_least_squares(weight):
         assert error(weight, refined) < error(weight, greedy)
     same = torch.full((2, 8), 0.5)  # the second code repeats the first: B^T B is singular
     torch.testing.assert_close(MultiBitQuantizer(3, "refined").quantize(same), same)
+
+
+@pytest.mark.method("Q-25")
+def test_refining_goes_on_from_the_refined_residual(weight):
+    _, B = codebook.greedy_bits(weight, 3, refine=True)
+    for row in range(0, 64, 9):
+        two = B[row, :2].T.numpy()
+        left = weight[row].numpy() - two @ np.linalg.lstsq(two, weight[row].numpy(), rcond=None)[0]
+        np.testing.assert_array_equal(B[row, 2].numpy(), np.where(left < 0, -1, 1))
+
+
+@pytest.mark.method("Q-24", "Q-25", "Q-26")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_alternating_is_better_than_refined_which_is_better_than_greedy(weight, bits):
+    errors = [error(weight, MultiBitQuantizer(bits, how).quantize(weight)) for how in ("greedy", "refined", "alternating")]
+    assert errors[0] > errors[1] > errors[2]
+    two_cycles = codebook.decode_bits(*codebook.alternating_bits(weight, bits, 2))
+    assert torch.equal(MultiBitQuantizer(bits).quantize(weight), two_cycles)
+
+
+@pytest.mark.method("Q-26")
+def test_in_training_alternation_goes_on_from_the_last_step(weight):
+    quantizer = MultiBitQuantizer(2).train()
+    errors = [error(weight, quantizer.quantize(weight)) for _ in range(6)]
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors)) and errors[-1] < errors[0]
+    expected = codebook.decode_bits(*codebook.alternating_bits(weight, 2, 2 + 5))
+    torch.testing.assert_close(quantizer.quantize(weight), codebook.decode_bits(*codebook.alternating_bits(weight, 2, 2 + 6)))
+    assert error(weight, expected) == pytest.approx(errors[-1], rel=1e-6)
+    held = quantizer.eval().held.clone()
+    torch.testing.assert_close(decode(quantizer.encode(weight)), quantizer.quantize(weight), atol=1e-6, rtol=0)
+    assert torch.equal(quantizer.held, held)  # measuring moves nothing
+    for how in ("greedy", "refined"):
+        plain = MultiBitQuantizer(2, how).train()
+        assert torch.equal(plain.quantize(weight), plain.quantize(weight))
 
 
 @pytest.mark.method("Q-26")

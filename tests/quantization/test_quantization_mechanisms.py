@@ -174,6 +174,19 @@ def test_curvature_makes_loss_aware_weights_differ_from_those_of_least_distance(
 
 
 @pytest.mark.method("Q-27")
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_alternation_goes_on_until_the_scale_hardly_moves(bits):
+    w, D, levels = torch.randn(20_000), torch.rand(20_000), loss_aware.level_values(bits)
+    fixed = loss_aware.loss_aware_scale(w, D, levels, loss_aware.first_alpha(w, levels), 500, 0.0).item()
+    far = {n: abs(loss_aware.loss_aware_scale(w, D, levels, torch.tensor(1.3 * fixed), n).item() - fixed) for n in (1, 10)}
+    usual = abs(loss_aware.loss_aware_scale(w, D, levels, torch.tensor(1.3 * fixed)).item() - fixed)
+    assert usual == far[10] < 0.5 * far[1]  # the paper's ten rounds, each nearer
+    fresh = loss_aware.LossAwareQuantizer(w.view(100, 200), bits)  # solved for at once, too
+    plain = loss_aware.loss_aware_scale(w, torch.ones_like(w), levels, loss_aware.first_alpha(w, levels), 500, 0.0)
+    assert fresh.alpha.item() == pytest.approx(plain.item(), rel=0.02)
+
+
+@pytest.mark.method("Q-27")
 @pytest.mark.parametrize(("bits", "kind"), [(2, "linear"), (3, "linear"), (4, "linear"), (3, "logarithmic")])
 def test_evenly_spaced_levels_need_no_search(bits, kind):
     levels, x = loss_aware.level_values(bits, kind), torch.randn(5000)

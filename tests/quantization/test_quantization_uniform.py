@@ -11,8 +11,14 @@ from torch import nn
 from utils import artifacts, bert
 from utils.encodings import decode
 from utils.quantization import uniform
-from utils.quantization.quantizer import attach, detach
-from utils.quantization.uniform import ActivationQuantizer, BalancedQuantizer, PowerOfTwoQuantizer, UniformQuantizer
+from utils.quantization.quantizer import attach, detach, remembered
+from utils.quantization.uniform import (
+    ActivationQuantizer,
+    BalancedQuantizer,
+    EvenQuantizer,
+    PowerOfTwoQuantizer,
+    UniformQuantizer,
+)
 from utils.training import cross_entropy
 
 BITS = [1, 2, 3, 4, 8]
@@ -90,20 +96,104 @@ def test_one_symmetric_bit_has_two_levels_and_more_bits_keep_zero(weight):
 @pytest.mark.method("Q-16")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-def test_mse_range_is_the_best_of_its_grid_and_ranges_follow_their_rules(weight, bits, symmetric):
-    x = weight.flatten()
+def test_mse_range_is_as_good_as_a_fine_search_and_ranges_follow_their_rules(bits, symmetric):
+    x = torch.cat([torch.randn(3, 2000) * 0.05 + 0.01, torch.tensor([[2.0], [0.1], [-0.4]])], 1)
 
     def error(lo, hi):
-        return (uniform.fake_quantize(x, lo, hi, bits, symmetric) - x).square().mean().item()
+        return (uniform.fake_quantize(x, lo, hi, bits, symmetric) - x).square().sum(-1)
 
     lo, hi = uniform.max_range(x, bits, symmetric)
-    grid = min(error(lo * i / 50, hi * i / 50) for i in range(1, 51))
-    assert error(*uniform.mse_range(x, bits, symmetric)) == pytest.approx(grid, rel=1e-5)
+    fine = torch.stack([error(lo * i / 1500, hi * i / 1500) for i in range(1, 1501)]).amin(0)
+    found = uniform.mse_range(x, bits, symmetric)
+    assert (error(*found) <= fine * 1.01).all()
+    torch.testing.assert_close(uniform.mse_range(x[1], bits, symmetric)[1], found[1][1])  # rows do not see each other
+    x = x[0, :768]
     lo, hi = uniform.percentile_range(x, bits, symmetric, share=0.9)
     tail = x.abs() if symmetric else x
     assert hi.item() == np.quantile(tail.numpy(), 0.9, method="inverted_cdf")
     assert lo.item() == (-hi.item() if symmetric else -np.quantile(-x.numpy(), 0.9, method="inverted_cdf"))
     assert uniform.mean_range(x, bits, True)[1].item() == pytest.approx(1.25 * x.abs().mean().item())
+
+
+@pytest.mark.method("Q-16")
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_searched_error_is_exact_and_the_even_grid_is_the_best_of_three(bits):
+    x, top = torch.randn(5, 300) * 0.05, 2**bits - 1
+    x[0] = x[0].abs()  # one side alone: a level more above zero
+    x[1] = 0.1 * torch.randint(0, top + 1, (300,)) - 0.05 * top  # on a grid without zero
+    x[2, 30:] = 0  # mostly zeros: zero is a level
+    ranges, peak, found = uniform.SortedValues.of(x), x.abs().amax(-1, keepdim=True), []
+    for zero in (top / 2, top // 2, top // 2 + 1) if bits > 1 else (top / 2,):
+        widest = peak / min(zero, top - zero)
+        scale, error = uniform.least_error_scale(ranges, widest, torch.full_like(peak, zero), top)
+
+        def measured(scale, zero=zero):
+            return (scale * (torch.round(x / scale + zero).clamp(0, top) - zero) - x).double().square().sum(-1, keepdim=True)
+
+        torch.testing.assert_close(error, measured(scale), atol=1e-6, rtol=1e-3)
+        fine = torch.stack([measured(widest * i / 1000) for i in range(10, 1001)]).amin(0)
+        assert (error <= fine * 1.02 + 1e-6).all()
+        found.append(error)
+    expected = torch.cat(found, 1)
+    quantizer = EvenQuantizer(bits, "row")
+    reached = (quantizer.quantize(x) - x).double().square().sum(-1)
+    torch.testing.assert_close(reached, expected.amin(1), atol=1e-6, rtol=1e-3)
+    zeros = quantizer.levels(x)[2].flatten().tolist()
+    assert bits == 1 or (zeros[0] == top // 2 and zeros[1] == top / 2 and zeros[2] != top / 2)
+    if bits == 2:  # the lesson's six numbers
+        six = torch.tensor([[0.3, -0.3, 0.3, -0.3, 0.3, 0.9]])
+        errors = [(q.quantize(six) - six).square().sum().item() for q in (UniformQuantizer(2), UniformQuantizer(2, clip="mse"))]
+        assert errors == pytest.approx([0.45, 0.30])
+        torch.testing.assert_close(EvenQuantizer(2).quantize(six), six)
+
+
+@pytest.mark.method("Q-16")
+def test_in_training_the_scale_follows_the_weight_by_least_squares_and_outside_it_is_searched(weight, monkeypatch):
+    quantizer = EvenQuantizer(2, "row")
+    scale, zero = quantizer.levels(weight)[1:]
+    moved = weight * 1.3
+    assert torch.allclose(quantizer.levels(moved)[1], 1.3 * scale) and quantizer.held is None
+    quantizer.train()
+    quantizer.levels(weight)
+    monkeypatch.setattr(uniform, "even_grid", lambda *_: pytest.fail("searched again"))
+    codes = torch.round(moved.unsqueeze(1) / scale + zero).clamp(0, 3) - zero
+    expected = (moved.unsqueeze(1) * codes).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True)
+    torch.testing.assert_close(quantizer.levels(moved)[1], expected)
+    quantizer.eval()
+    held = quantizer.held[0].clone()
+    torch.testing.assert_close(decode(quantizer.encode(moved)), quantizer.quantize(moved))  # one state for the value and the file
+    assert torch.equal(quantizer.held[0], held)
+
+
+@pytest.mark.method("Q-16", "Q-20")
+def test_a_search_is_done_once_per_content_and_options(weight):
+    calls = []
+
+    @remembered
+    def search(x, bits):
+        calls.append(bits)
+        return x.sum() * bits
+
+    assert search(weight, 2) == search(weight.clone(), 2) and calls == [2]
+    changed = weight.clone()
+    changed[3, 4] += 1e-3
+    assert search(changed, 2) != search(weight, 2)
+    search(weight, 3), search(weight.view(-1), 2)
+    assert calls == [2, 2, 3, 2]
+
+
+@pytest.mark.method("Q-16", "Q-17")
+def test_one_range_per_token_depends_on_that_token_alone():
+    x = torch.randn(3, 5, 16)
+    quantizer = ActivationQuantizer(3, clip="mse", granularity="token")
+    alone = torch.stack([ActivationQuantizer(3, clip="mse")(token) for token in x.flatten(0, 1)]).view_as(x)
+    torch.testing.assert_close(quantizer(x), alone)
+    assert torch.equal(quantizer(x[1:2, 2:3]), quantizer(x)[1:2, 2:3])
+    quantizer.observing = True
+    with pytest.raises(ValueError, match="can be calibrated"):
+        quantizer(x)
+    with pytest.raises(ValueError, match="'tensor' or 'token'"):
+        ActivationQuantizer(3, granularity="row")
 
 
 @pytest.mark.method("Q-16")
@@ -130,7 +220,8 @@ ALL = {
     **{f"power-{b}-{u}-{s}": functools.partial(PowerOfTwoQuantizer, b, s, u)
        for b in (2, 4, 8) for u in ("zero", "smallest") for s in (True, False)},
     **{f"balanced-{b}-{how}-{c}": functools.partial(BalancedQuantizer, b, how, c)
-       for b in BITS for how in uniform.BALANCED for c in ("max", "mean")},
+       for b in BITS for how in uniform.BALANCED for c in ("lsq", "max", "mean")},
+    **{f"even-{b}-{g}": functools.partial(EvenQuantizer, b, g, 8) for b in BITS[:4] for g in uniform.GRANULARITIES},
 }  # fmt: skip
 
 
@@ -194,7 +285,9 @@ def test_balanced_bins_are_numpys_quantiles_and_equally_filled(bits):
     edges = np.quantile(x.numpy(), np.arange(1, 2**bits) / 2**bits, method="inverted_cdf")
     codes = np.searchsorted(edges, x.numpy().flatten())
     for how in ("percentile", "median"):
-        found = uniform.BALANCED[how](x.flatten(), bits)
+        borders = uniform.BALANCED[how](x.flatten(), bits)
+        np.testing.assert_allclose(borders.numpy(), edges, atol=1e-6)
+        found = BalancedQuantizer(bits, how).codes(x.flatten())
         np.testing.assert_array_equal(found.numpy(), codes)
         assert torch.bincount(found).tolist() == [64 * 64 // 2**bits] * 2**bits
     quantized = BalancedQuantizer(bits, clip="max").quantize(x)
@@ -204,9 +297,12 @@ def test_balanced_bins_are_numpys_quantiles_and_equally_filled(bits):
 
 @pytest.mark.method("Q-19a", "Q-19c")
 def test_means_split_like_medians_where_values_are_symmetric_and_recursively_otherwise():
+    def bins(how, x, bits):
+        return BalancedQuantizer(bits, how).codes(x)
+
     half = torch.rand(500)
     x = torch.cat([half, -half])
-    assert torch.equal(uniform.BALANCED["mean"](x, 1), uniform.BALANCED["percentile"](x, 1))
+    assert torch.equal(bins("mean", x, 1), bins("percentile", x, 1))
     skewed = torch.rand(1000) ** 3
 
     def split(values, bits):  # the recursion in plain words
@@ -215,9 +311,46 @@ def test_means_split_like_medians_where_values_are_symmetric_and_recursively_oth
         return split(values[values <= values.mean()], bits - 1) + split(values[values > values.mean()], bits - 1)
 
     parts = split(skewed.double().numpy(), 3)
-    assert torch.bincount(uniform.BALANCED["mean"](skewed, 3)).tolist() == [len(part) for part in parts]
-    even = torch.bincount(uniform.BALANCED["mean"](torch.randn(10000), 2)) / 10000
+    assert torch.bincount(bins("mean", skewed, 3)).tolist() == [len(part) for part in parts]
+    even = torch.bincount(bins("mean", torch.randn(10000), 2)) / 10000
     assert (even - 0.25).abs().max() < 0.06  # nearly balanced
+
+
+@pytest.mark.method("Q-19a", "Q-19b", "Q-19c")
+def test_balanced_levels_span_their_range_or_are_the_least_squares_line(weight):
+    x = weight.flatten().numpy()
+    for bits, how in ((1, "mean"), (2, "median"), (3, "percentile")):
+        codes = BalancedQuantizer(bits, how).codes(weight.flatten()).numpy()
+        slope, level = np.polyfit(codes, x, 1)
+        np.testing.assert_allclose(
+            BalancedQuantizer(bits, how).quantize(weight).numpy().ravel(), slope * codes + level, atol=1e-6
+        )
+        levels = BalancedQuantizer(bits, how, "mean").quantize(weight)
+        assert (levels.max() - levels.min()).item() == pytest.approx(2.5 * np.abs(x).mean(), rel=1e-4)
+        levels = BalancedQuantizer(bits, how, "max").quantize(weight)
+        assert (levels.min().item(), levels.max().item()) == pytest.approx((x.min(), x.max()), rel=1e-4)
+
+
+@pytest.mark.method("Q-19a", "Q-19b", "Q-19c")
+@pytest.mark.parametrize("how", uniform.BALANCED)
+def test_in_training_borders_are_refreshed_every_few_steps_and_outside_always(weight, how):
+    quantizer = BalancedQuantizer(2, how).train()
+    ages = [
+        torch.equal(quantizer.codes((weight + 0.01 * i).flatten()), BalancedQuantizer(2, how).codes(weight.flatten()))
+        for i in range(21)
+    ]
+    assert [i for i, same in enumerate(ages) if same] == [0, 10, 20]  # in between the weights move on under old borders
+    shares = torch.bincount(quantizer.eval().codes(weight.flatten() * 3 - 1), minlength=4) / weight.numel()
+    assert (shares - 0.25).abs().max() < 0.08
+
+
+@pytest.mark.method("Q-19a")
+def test_empty_bins_do_not_disturb_the_order_of_the_borders():
+    x = torch.tensor([0.0] * 30 + [1.0] * 2)
+    for how in uniform.BALANCED:
+        borders = uniform.BALANCED[how](x, 3)
+        assert torch.equal(borders, borders.sort().values) and not borders.isnan().any()
+        assert BalancedQuantizer(3, how).codes(x).unique().numel() <= 2
 
 
 @pytest.mark.method("Q-16", "Q-18a", "Q-19a")

@@ -26,7 +26,6 @@ def test_every_rule_reports_to_the_command(monkeypatch):
     monkeypatch.setattr(prose.notebooks, "weave", lambda chapter: bad)
     monkeypatch.setattr(prose.notebooks, "stale", dict)
     monkeypatch.setattr(prose.nbformat, "read", lambda path, as_version: bad)
-    monkeypatch.setitem(prose.WITHOUT_READING, "01_pruning", 0)
     assert len(prose.problems("01_pruning")) == 6
     monkeypatch.setattr(prose.notebooks, "stale", lambda: {"01_pruning": "the rerun is due"})
     assert len(prose.problems("01_pruning")) == 5
@@ -56,11 +55,7 @@ ROW = 'board.put(trial, "P-03", "half")'
     ],
 )
 def test_rows_want_a_reading(cells, unread):
-    assert len(prose.unread_rows(notebook(*cells), 0)) == unread
-    if unread:
-        assert prose.unread_rows(notebook(*cells), 1) == []
-    else:
-        assert "lower WITHOUT_READING from 2" in prose.unread_rows(notebook(*cells), 2)[0]
+    assert len(prose.unread_rows(notebook(*cells))) == unread
 
 
 def test_claims_hide_their_plumbing():

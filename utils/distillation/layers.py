@@ -192,8 +192,9 @@ def cost_attention(flow: np.ndarray, cost: np.ndarray, weights: np.ndarray, temp
     c_i is what a unit of layer i costs: a layer that is cheap to move counts more at the next step. Give the transposes for the
     teacher's layers.
     """
-    unit = (flow * cost).sum(1) / weights.clip(min=1e-12)
-    ratio = unit.sum() / unit.clip(min=1e-12) / temperature
+    unit = (flow * cost).sum(1) / weights.clip(min=np.finfo(float).tiny)
+    # A weight too small for the solver moves nothing; as in the authors' code it stays small: nobody knows what its layer costs.
+    ratio = np.divide(unit.sum(), unit, out=np.zeros_like(unit), where=unit > 0) / temperature
     raised = np.exp(ratio - ratio.max())
     return raised / raised.sum()
 

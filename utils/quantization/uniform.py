@@ -26,7 +26,7 @@ RangeFunction = Callable[[torch.Tensor, int, bool], Range]
 GRANULARITIES = ("tensor", "row", "group")
 OPERANDS = ("query", "key", "value", "probabilities")
 QUANTIZED_ATTENTION = "companion_quantized"
-POLISH = 8  # least-squares steps after the scales that a search tries
+POLISH = 4  # least-squares steps after the scales that a search tries
 REFRESH = 10  # training steps that balanced borders live
 
 
@@ -160,8 +160,9 @@ def least_error_scale(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale at which the levels scale * (code - zero), code = 0, ..., top, have the least squared error to x; and that error.
 
-    `widest` and `zero` (ranges, 1). Tries widest * 2^(-i/4), i = 0, ..., tries - 1, then alternates the nearest codes and the
-    least-squares scale. Every error is exact and costs `top` binary searches, however many values there are.
+    `widest` and `zero` (ranges, 1). Tries widest * 2^(-i/4), i = 0, ..., tries - 1, then nine scales around the best, and from there
+    alternates the nearest codes and the least-squares scale. Every error is exact and costs `top` binary searches, however many
+    values there are.
     """
     b = (torch.arange(top + 1, device=zero.device) - zero.double()).unsqueeze(1)  # (ranges, 1, levels)
 
@@ -170,8 +171,10 @@ def least_error_scale(
         square, product = (b.square() * counts).sum(-1), (b * sums).sum(-1)
         return scale * (scale * square - 2 * product), torch.where(product > 0, product / square, scale)
 
-    scale = widest.double() * 2 ** (-torch.arange(tries, device=zero.device) / 4)
-    scale = scale.gather(1, error(scale)[0].argmin(-1, keepdim=True))
+    scale = widest.double()
+    for steps in (-torch.arange(tries) / 4, torch.arange(-4, 5) / 16):
+        scale = scale * 2 ** steps.to(zero.device)
+        scale = scale.gather(1, error(scale)[0].argmin(-1, keepdim=True))
     for _ in range(POLISH):
         scale = error(scale)[1]
     return scale.to(x.values.dtype), error(scale)[0] + x.square
@@ -481,33 +484,27 @@ def fitted_grid(x: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, tor
 class BalancedQuantizer(Quantizer):
     """Balanced quantization: equally filled bins, evenly spaced levels. Zhou et al. 2017, survey 3.3.
 
-    Histogram equalisation moves bin i of N = 2^bits onto the slice [i/N, (i+1)/N) of [0, 1], and the slice becomes the level
-    i / (N - 1), stretched over the range of the weights. `bins`: exact `percentile`, recursive `median`, or `mean`, which is
-    an approximation that never sorts. The range is `clip="lsq"`, where the levels are the least-squares line through the weights;
-    `mean`, 2.5 * mean|w| wide; or `max`, from the smallest weight to the largest: then one outlier inflates them all, since half of
-    the weights must take the upper half of the levels. Rounding the equalised value to the nearest level, as the survey prints it,
-    would give the outer levels half of their share; it is rounded down to its slice. In training the borders are found anew every
-    `REFRESH` steps. Raises ValueError for bits outside 1 to 8, unknown names, and a weight of fewer than 2^bits entries.
+    Bin i of N = 2^bits becomes the level i / (N - 1) of the range. (Rounding the equalised value to the nearest level, as the survey
+    prints it, would give the outer levels half of their share.) `bins`: exact `percentile`, recursive `median`, or `mean`, which never
+    sorts. `clip`: `lsq`, the levels are the least-squares line through the weights; `mean`, a range 2.5 * mean|w| wide; `max`, from
+    the smallest weight to the largest, where one outlier inflates all levels. In training the borders are found anew every REFRESH
+    steps. Raises ValueError for bits outside 1 to 8, unknown names, and a weight of fewer than 2^bits entries.
     """
 
     def __init__(self, bits: int, bins: str = "percentile", clip: str = "lsq"):
         super().__init__()
         check_bits(bits)
         if bins not in BALANCED or clip not in ("lsq", "max", "mean"):
-            raise ValueError(
-                f"bins must be one of {', '.join(BALANCED)} and clip 'lsq', 'max' or 'mean', got {bins!r} and {clip!r}"
-            )
+            raise ValueError(f"bins must be one of {', '.join(BALANCED)}, clip lsq, max or mean, got {bins!r} and {clip!r}")
         self.bits, self.bins, self.clip = bits, BALANCED[bins], clip
         self.borders, self.age = None, 0
         self.eval()  # until a training loop says otherwise: outside training the borders are always those of the weight itself
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """The bin of every value, (n,); in training by borders that are at most REFRESH steps old."""
-        if not self.training:
-            return torch.bucketize(x, self.bins(x, self.bits))
-        if self.age % REFRESH == 0:
+        if not self.training or self.age % REFRESH == 0:
             self.borders = self.bins(x, self.bits)
-        self.age += 1
+        self.age += self.training
         return torch.bucketize(x, self.borders)
 
     def levels(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
