@@ -100,3 +100,22 @@ def test_lowest_removes_an_exact_count_even_among_ties():
 def test_scope_must_be_known(tiny):
     with pytest.raises(ValueError, match="'global' or 'matrix'"):
         masks.masks_from_scores({"a": torch.rand(3, 3)}, 0.5, scope="layer")
+
+
+def test_masks_rank_over_all_matrices_unless_told_otherwise():
+    scores = {"small": torch.tensor([0.1, 0.2]), "large": torch.tensor([1.0, 2.0])}
+    assert [mask.tolist() for mask in masks.masks_from_scores(scores, 0.5).values()] == [[False, False], [True, True]]
+    assert [mask.tolist() for mask in masks.masks_from_scores(scores, 0.5, "matrix").values()] == [[False, True]] * 2
+
+
+@pytest.mark.method("P-03")
+def test_another_seed_draws_another_lot(tiny):
+    lots = [magnitude.random_masks(tiny, 0.6, seed=seed) for seed in (0, 1)]
+    assert all(not torch.equal(lots[0][name], lots[1][name]) for name in lots[0])
+
+
+@pytest.mark.method("P-04a", "P-04b", "P-04c")
+@pytest.mark.parametrize("make", [magnitude.class_blind_masks, magnitude.class_uniform_masks, magnitude.class_distribution_masks])
+def test_the_classes_are_all_matrices_but_the_classifier(tiny, make):
+    names = {name for name, p in tiny.named_parameters() if p.dim() == 2 and not name.startswith("classifier")}
+    assert make(tiny, 0.5).keys() == names

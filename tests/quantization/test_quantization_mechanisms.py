@@ -128,7 +128,7 @@ def test_k_means_of_scalars_goes_on_until_little_moves():
 @pytest.mark.method("Q-22")
 def test_k_means_of_vectors_goes_on_until_little_moves():
     w = torch.randn(400, 8)
-    one, many = (squared(codebook.ProductQuantizer(w, 2, 4, iterations=n), w) for n in (1, 200))
+    one, many = (squared(codebook.ProductQuantizer(w, 2, 4, fit=codebook.Fit(iterations=n)), w) for n in (1, 200))
     usual = squared(codebook.ProductQuantizer(w, 2, 4), w)
     assert usual < 1.03 * many and one > 1.1 * many
 
