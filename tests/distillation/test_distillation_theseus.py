@@ -41,9 +41,10 @@ def task_of(batch: dict) -> Task:
 
 
 @pytest.mark.method("K-31")
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "linear"])
 def test_at_rate_0_the_predecessor_at_rate_1_the_successor(attention, predecessor, successor, batch):
-    alone, whole = logits(successor, batch), logits(predecessor, batch)
+    with bert.attention(successor, attention), bert.attention(predecessor, attention):
+        alone, whole = logits(successor, batch), logits(predecessor, batch)
     assert (alone - whole).abs().max() > 0.01
     for rate, expected in ((0.0, whole), (1.0, alone)):
         theseus = Theseus(predecessor, constant_rate(rate))
