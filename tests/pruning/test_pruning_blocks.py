@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from utils.bert import ENCODER, matrices
+from utils.bert import ENCODER, dense_weight, matrices
 from utils.pruning import blocks, iterative
 from utils.pruning.magnitude import magnitude_masks
 from utils.pruning.masks import held_masks, hold_masks, sparsity_of
@@ -129,6 +129,23 @@ def test_the_block_threshold_is_planned_from_block_scores(model, block, sparsity
     jumps = [later - earlier for earlier, later in pairwise([0.0, *gone])]
     assert max(jumps) < 0.2  # the threshold arrives with the schedule, as smoothly as a matrix of 32x32 allows
     assert gone[-2] > 0.8 * sparsity  # almost nothing is left for the last moment
+
+
+@pytest.mark.method("P-15")
+def test_the_threshold_is_planned_once_and_the_end_is_exact(model):
+    """Weights that triple after the plan outgrow the threshold; at the end the share goes all the same."""
+    hook = blocks.block_pruning(0.5, RAMP, (2, 2))
+    q = iterative.percentile(blocks.block_scores(model.get_parameter(FIRST), (2, 2)), 0.5).item()
+    hook(2, model, None)
+    with torch.no_grad():
+        for m in matrices(model):
+            dense_weight(m).mul_(3)
+    hook(6, model, None)
+    eps = 2 * q * 2 / (2 * 2 + 3 * 4) * (3 + 1.5 * 3) / 2
+    expected = (loop_scores(dense_weight(matrices(model)[0]).detach(), 2, 2) <= eps).float().mean().item()
+    assert 1 - held_masks(model)[FIRST].float().mean().item() == pytest.approx(expected, abs=1e-6) and expected < 0.4
+    hook(8, model, None)
+    assert sparsity_of(held_masks(model)) == 0.5
 
 
 @pytest.mark.method("P-15")
@@ -308,6 +325,17 @@ def test_banks_rank_by_what_they_are_told(model):
     for name, mask in held_masks(model).items():
         assert torch.equal(mask, blocks.bank_mask(lot[name], 4, 2))  # what was removed first would have been removed now, too
     assert len(asked) == 2
+
+
+@pytest.mark.method("P-17")
+def test_what_a_round_removed_stays_removed_whatever_its_score(model):
+    first = {m.name: torch.rand(m.weight.shape) for m in matrices(model)}
+    scores = iter([first, {name: -score for name, score in first.items()}])
+    hook = blocks.iterative_banks(4, [3, 2], [0, 1], score=lambda model: next(scores))
+    hook(0, model, None)
+    before = held_masks(model)
+    hook(1, model, None)
+    assert not any((mask & ~before[name]).any() for name, mask in held_masks(model).items())
 
 
 @pytest.mark.method("P-17")

@@ -524,7 +524,8 @@ def test_l0_training_closes_gates_and_cuts_them():
     model, batch = tiny(), make_batch()
     log_alpha = torch.full((LAYERS, HEADS), 2.0, requires_grad=True)
     groups = heads.gate_groups(model, log_alpha, 0.5)
-    assert groups[1] == {"params": [log_alpha], "lr": 0.5, "weight_decay": 0.0}
+    assert groups[1] == {"params": [log_alpha], "lr": 0.5, "weight_decay": 0.0, "betas": (0.9, 0.999)}
+    assert heads.gate_groups(model, log_alpha, 0.5, momentum=0.0)[1]["betas"] == (0.0, 0.999)
     optimizer = torch.optim.AdamW(groups, lr=1e-4)
     loss = heads.l0_loss(log_alpha, 0.5, torch.Generator().manual_seed(0))
     for _ in range(10):

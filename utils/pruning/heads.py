@@ -530,12 +530,14 @@ def l0_loss(log_alpha: torch.Tensor, penalty: float, generator: torch.Generator 
     return loss
 
 
-def gate_groups(model: nn.Module, log_alpha: torch.Tensor, learning_rate: float) -> list[dict]:
+def gate_groups(model: nn.Module, log_alpha: torch.Tensor, learning_rate: float, momentum: float = 0.9) -> list[dict]:
     """Optimiser groups for `utils.training.train`: the model's parameters, and the gates with their own learning rate.
 
-    Weight decay would pull log_alpha to 0, a gate that is neither open nor closed, so the gates have none.
+    Weight decay would pull log_alpha to 0, a gate that is neither open nor closed, so the gates have none. Without `momentum`
+    (Adam's first beta) a gate stops where its penalty rests.
     """
-    return [{"params": list(model.parameters())}, {"params": [log_alpha], "lr": learning_rate, "weight_decay": 0.0}]
+    gates = {"params": [log_alpha], "lr": learning_rate, "weight_decay": 0.0, "betas": (momentum, 0.999)}
+    return [{"params": list(model.parameters())}, gates]
 
 
 def open_heads(log_alpha: torch.Tensor, num_keep: int | None = None) -> torch.Tensor:
