@@ -59,20 +59,26 @@ def fine_tuned(model_name: str, task: Task, profile: Profile, seed: int, device:
 
 
 def dense_control(baseline: Baseline, phases: tuple[Phase, ...], task: Task, profile: Profile) -> torch.Tensor:
-    """Validation logits of the uncompressed model after the training that a method had, phase by phase; cached.
+    """Validation logits of the uncompressed model after the training that a method had, phase by phase; cached."""
+    return label_control(baseline.model, baseline.key, phases, task, profile)
+
+
+def label_control(start: nn.Module, key: str, phases: tuple[Phase, ...], task: Task, profile: Profile) -> torch.Tensor:
+    """Validation logits of `start` after the same phases of training on labels alone; cached under `key`, which names the start.
 
     Without it nobody could tell what a method did from what its training did.
     """
 
     def build(folder: Path) -> None:
-        model = bert.fresh_copy(baseline.model)
+        model = bert.fresh_copy(start)
         for phase in phases:
             training.train(model, task, profile, **phase._asdict())
         save_file(
             {"logits": training.predict(model, task.validation, task.tokenizer.pad_token_id)}, folder / "logits.safetensors"
         )
 
-    sizes = {"baseline": baseline.key, "phases": phases, "batch_size": profile.batch_size}
+    sizes = {"start": key, "task": task.key, "phases": phases, "batch_size": profile.batch_size,
+             "code": cache.source_hash(training, tasks, bert)}  # fmt: skip
     folder = cache.once("control", cache.key(sizes), build)
     return load_file(folder / "logits.safetensors")["logits"]
 

@@ -41,7 +41,7 @@ from utils import (
     training,
     trials,
 )
-from utils.baseline import Baseline, dense_control, fine_tuned
+from utils.baseline import Baseline, dense_control, fine_tuned, label_control
 from utils.claims import Claim, Evidence, judge
 from utils.encodings import Encoded
 from utils.results import Row
@@ -151,12 +151,19 @@ class Board:
 
     def trial(
         self, change: trials.Change | None = None, *, steps: int = 0, finish: trials.Finish | None = None,
-        within: Within | None = None, seed: int | None = None, start: nn.Module | None = None, **options,
+        within: Within | None = None, seed: int | None = None, start: nn.Module | None = None,
+        student: nn.Module | None = None, **options,
     ) -> Trial:  # fmt: skip
-        """Copy -> change -> recover -> finish (`utils.trials`); `start` is copied in place of the baseline, options go to `train`."""
-        model = bert.fresh_copy(self.dense if start is None else start)
-        trial = Trial(model, self.task, self.profile, self.seed if seed is None else seed, within or trials.as_it_is)
-        trial.from_baseline = start is None
+        """Copy -> change -> recover -> finish (`utils.trials`); options go to `train`.
+
+        `start` is copied in place of the baseline. A `student` is, too, and its rows are held against the same student after the
+        same training on labels alone.
+        """
+        copied = self.dense if start is None and student is None else start if student is None else student
+        trial = Trial(
+            bert.fresh_copy(copied), self.task, self.profile, self.seed if seed is None else seed, within or trials.as_it_is
+        )
+        trial.from_baseline, trial.student = copied is self.dense, student
         return trials.run(trial, change, steps, finish, **options)
 
     def over_seeds(self, runs: dict[str, Callable[[int], object]]) -> Seeds:
@@ -408,16 +415,21 @@ class Board:
                 "probability_loyalty": round(loyalty, 4)}  # fmt: skip
 
     def _against_control(self, result: Trial | nn.Module, logits: torch.Tensor) -> dict | None:
-        """Accuracy minus that of the dense model after the same training, paired; None where nothing was trained."""
+        """Accuracy minus that of the control with the same training, paired: the dense model, or for a student the same student on
+        labels alone; None where nothing was trained."""
         phases = trials.same_training(result)
         if not phases:
             return None
-        control = dense_control(self.baseline, phases, self.task, self.profile)
+        if result.student is None:
+            who, control = "dense", dense_control(self.baseline, phases, self.task, self.profile)
+        else:
+            key = bert.fingerprint(result.student)
+            who, control = "student on labels", label_control(result.student, key, phases, self.task, self.profile)
         if torch.equal(control, logits):  # this is that control
             return None
         found = metrics.paired_difference(logits, control, self.task.validation.labels)
-        training_text = ", then ".join(in_turn(phases))
-        return {"control": f"dense, {training_text}", "difference": round(found.value, 6), "ci95": costs.as_row(found)}
+        return {"control": f"{who}, {', then '.join(in_turn(phases))}", "difference": round(found.value, 6),
+                "ci95": costs.as_row(found)}  # fmt: skip
 
     def _forward_costs(self, model: nn.Module, engine: bool = False) -> dict:
         length = self.profile.latency_length

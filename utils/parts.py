@@ -67,7 +67,9 @@ class LowRankLinear(Part):
     @classmethod
     @torch.no_grad()
     def from_linear(cls, linear: nn.Linear, rank: int) -> "LowRankLinear":
-        """The best approximation of that rank (Eckart and Young 1936): the singular values are shared out between the factors."""
+        """The best approximation of that rank (Eckart and Young 1936): the singular values are shared out between the
+        factors.
+        """
         part = cls(linear.in_features, linear.out_features, rank, linear.bias is not None).to(linear.weight)
         U, S, Vh = torch.linalg.svd(linear.weight.float(), full_matrices=False)
         root = S[:rank].sqrt()
@@ -92,10 +94,11 @@ class LowRankLinear(Part):
 
 
 class GroupedLinear(Part):
-    """y_g = W_g x_g + b_g: inputs and outputs fall into equal groups, and each group of outputs sees its own group of inputs only.
+    """y_g = W_g x_g + b_g: inputs and outputs fall into equal groups, and each group of outputs sees its own group of inputs
+    only.
 
-    A convolution of width 1 in groups, with 1 / groups of a dense layer's weights and multiply-adds. SqueezeBERT, Iandola et al. 2020
-    (arXiv 2006.11316), survey 4.4. Raises ValueError where the groups do not divide both widths.
+    A convolution of width 1 in groups, with 1 / groups of a dense layer's weights and multiply-adds. SqueezeBERT, Iandola et
+    al. 2020 (arXiv 2006.11316), survey 4.4. Raises ValueError where the groups do not divide both widths.
     """
 
     kind = "grouped_linear"
@@ -112,7 +115,9 @@ class GroupedLinear(Part):
     @classmethod
     @torch.no_grad()
     def from_linear(cls, linear: nn.Linear, groups: int) -> "GroupedLinear":
-        """The diagonal blocks of a dense matrix: of all layers with these groups the nearest one, since it has no other entries."""
+        """The diagonal blocks of a dense matrix: of all layers with these groups the nearest one, since it has no other
+        entries.
+        """
         part = cls(linear.in_features, linear.out_features, groups, linear.bias is not None).to(linear.weight)
         rows, columns = part.weight.shape[1:]
         part.weight.copy_(
@@ -183,8 +188,9 @@ class DenseNorm(nn.Module):
 
 
 class NarrowAttention(BertSelfAttention):
-    """MobileBERT's attention: queries and keys from one narrow input, values from the wide one. Dense products, whatever the model's name
-    for its attention; a subclass of BERT's, so that `output_attentions` finds its maps."""
+    """MobileBERT's attention: queries and keys from one narrow input, values from the wide one. Dense products, whatever the
+    model's name for its attention; a subclass of BERT's, so that `output_attentions` finds its maps.
+    """
 
     def __init__(self, hidden_size: int, bottleneck_size: int, num_heads: int):
         nn.Module.__init__(self)
@@ -230,8 +236,9 @@ class FeedForward(nn.Module):
 class MobileBertLayer(Part, BertLayer):
     """A bottleneck layer: hidden size -> bottleneck, attention and several FFNs inside it, bottleneck -> hidden size.
 
-    Sun et al. 2020 (arXiv 2004.02984), survey 4.4. It takes the place of a `BertLayer` (so that `output_hidden_states` finds it), and its
-    inner names are those of `transformers`. The paper: hidden 512, bottleneck 128, 4 heads, 4 FFNs of 512, `no_norm`.
+    Sun et al. 2020 (arXiv 2004.02984), survey 4.4. It takes the place of a `BertLayer` (so that `output_hidden_states` finds
+    it), and its inner names are those of `transformers`. The paper: hidden 512, bottleneck 128, 4 heads, 4 FFNs of 512,
+    `no_norm`.
     """
 
     kind = "mobilebert_layer"
@@ -242,8 +249,8 @@ class MobileBertLayer(Part, BertLayer):
         nn.Module.__init__(self)
         if num_ffns < 1:
             raise ValueError(f"num_ffns must be at least 1, got {num_ffns}")
-        self.sizes = {"hidden_size": hidden_size, "bottleneck_size": bottleneck_size, "num_heads": num_heads, "neurons": neurons,
-                      "num_ffns": num_ffns, "norm": norm}  # fmt: skip
+        self.sizes = {"hidden_size": hidden_size, "bottleneck_size": bottleneck_size, "num_heads": num_heads,
+                      "neurons": neurons, "num_ffns": num_ffns, "norm": norm}  # fmt: skip
         self.bottleneck = nn.ModuleDict({name: DenseNorm(hidden_size, bottleneck_size, norm) for name in ("input", "attention")})
         self.attention = nn.ModuleDict({"self": NarrowAttention(hidden_size, bottleneck_size, num_heads),
                                         "output": DenseNorm(bottleneck_size, bottleneck_size, norm)})  # fmt: skip
@@ -277,8 +284,8 @@ class MobileBertLayer(Part, BertLayer):
 class TrigramEmbeddings(Part):
     """MobileBERT's embedding block: short word vectors, each joined with its two neighbours' and projected to the hidden size.
 
-    It takes the place of `bert.embeddings`. Sun et al. 2020 (arXiv 2004.02984), survey 4.4. The row of padding (id 0) stays zero, so that
-    the last token of a padded sentence has the neighbour of an unpadded one.
+    It takes the place of `bert.embeddings`. Sun et al. 2020 (arXiv 2004.02984), survey 4.4. The row of padding (id 0) stays
+    zero, so that the last token of a padded sentence has the neighbour of an unpadded one.
     """
 
     kind = "trigram_embeddings"
@@ -297,7 +304,8 @@ class TrigramEmbeddings(Part):
         nn.init.zeros_(self.word_embeddings.weight[0])
 
     def forward(self, input_ids: torch.Tensor | None = None, token_type_ids: torch.Tensor | None = None,
-                position_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None, **kwargs) -> torch.Tensor:  # fmt: skip
+                position_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None,
+                **kwargs) -> torch.Tensor:  # fmt: skip
         """Token ids (batch, length), or word vectors (batch, length, embedding), to (batch, length, hidden)."""
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         place = torch.arange(words.shape[1], device=words.device)[None] if position_ids is None else position_ids
@@ -309,8 +317,8 @@ class TrigramEmbeddings(Part):
     def options(self) -> dict:
         """All sizes, and the kind of normalisation."""
         return {"vocab_size": self.word_embeddings.num_embeddings, "embedding_size": self.word_embeddings.embedding_dim,
-                "hidden_size": self.embedding_transformation.out_features, "max_length": self.position_embeddings.num_embeddings,
-                "norm": self.norm}  # fmt: skip
+                "hidden_size": self.embedding_transformation.out_features,
+                "max_length": self.position_embeddings.num_embeddings, "norm": self.norm}  # fmt: skip
 
     def macs(self, length: int) -> int:
         """The projection of three joined vectors per token."""
@@ -405,10 +413,11 @@ class TextCNN(Part):
 class SpelledBert(Part):
     """A BERT with a small vocabulary of its own that reads the ids of a larger one: each id is spelled in its own word pieces.
 
-    `spelling` (vocabulary, pieces) lists the own ids of every foreign one, padded with 0 ([PAD]). Sentences grow by spelling, so a batch
-    of `length` ids takes ceil(growth * length) places; what is beyond them is cut off. `bert` holds the options of a `BertConfig`.
-    Made for mixed-vocabulary training, Zhao et al. 2019 (arXiv 1909.11687), survey 4.4: a user would ship the small tokenizer, and not
-    the table; it lets such a student be measured on the same token ids as everybody else, and its bytes count.
+    `spelling` (vocabulary, pieces) lists the own ids of every foreign one, padded with 0 ([PAD]). Sentences grow by spelling,
+    so a batch of `length` ids takes ceil(growth * length) places; what is beyond them is cut off. `bert` holds the options of
+    a `BertConfig`. Made for mixed-vocabulary training, Zhao et al. 2019 (arXiv 1909.11687), survey 4.4: a user would ship the
+    small tokenizer, and not the table; it lets such a student be measured on the same token ids as everybody else, and its
+    bytes count.
     """
 
     kind = "spelled_bert"
@@ -435,12 +444,14 @@ class SpelledBert(Part):
         """Own ids and their attention mask, (batch, places), of foreign ids (batch, length)."""
         pieces = self.spelling[input_ids].long() * attention_mask[..., None]
         flat = pieces.flatten(1)
-        order = (flat == 0).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.places(input_ids.shape[1])]  # real pieces first
+        order = (flat == 0).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.places(input_ids.shape[1])]  # pieces first
         own = flat.gather(1, order)
         return own, (own != 0).long()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> SequenceClassifierOutput:
-        """Logits (batch, classes) of foreign token ids (batch, length); options such as `output_hidden_states` go to the BERT inside."""
+        """Logits (batch, classes) of foreign token ids (batch, length); options such as `output_hidden_states` go to the BERT
+        inside.
+        """
         own, mask = self.spell(input_ids, attention_mask)
         out = self.bert(input_ids=own, attention_mask=mask, **kwargs)
         return SequenceClassifierOutput(

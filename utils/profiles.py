@@ -31,6 +31,10 @@ class Profile:
     recovery_steps: int  # the one budget that every method gets after (or while) it compresses
     recovery_learning_rate: float  # leaves the dense model unharmed (chapter 00 shows the experiment)
     few_bits_learning_rate: float  # of one- and two-bit weights, whose signs stand still at the rate above
+    student_steps: int  # training of a student (chapter 03): an epoch or more
+    student_learning_rate: float
+    language_steps: int  # masked language modelling of a small head or student (chapter 03)
+    unlabelled_size: int  # sentences without labels (chapter 03)
     claim_steps: int  # recovery budget inside a claim that repeats trainings over seeds
     seeds: tuple[int, ...]  # the unit of every claim that compares trainings
     calibration_size: int  # sentences that a method may look at to score weights
@@ -46,12 +50,14 @@ PROFILES = {
     "smoke": Profile(
         name="smoke", num_layers=2, vocabulary=2000, neurons=576, train_size=96, validation_size=32, max_length=16, batch_size=8,
         baseline_steps=6, baseline_learning_rate=2e-4, recovery_steps=2, recovery_learning_rate=1e-4, few_bits_learning_rate=3e-4,
+        student_steps=2, student_learning_rate=2e-4, language_steps=2, unlabelled_size=16,
         claim_steps=2, seeds=(0,), calibration_size=8, selection_size=8, sparsities=(0.0, 0.5),
         lengths=(32, 64), latency_seconds=0.005, latency_length=4, latency_rounds=1,
     ),
     "cpu": Profile(
         name="cpu", num_layers=None, vocabulary=None, neurons=None, train_size=None, validation_size=None, max_length=64, batch_size=32,
         baseline_steps=400, baseline_learning_rate=1e-4, recovery_steps=60, recovery_learning_rate=5e-5, few_bits_learning_rate=3e-4,
+        student_steps=200, student_learning_rate=2e-4, language_steps=300, unlabelled_size=4000,
         claim_steps=30, seeds=(0,), calibration_size=256, selection_size=512,
         sparsities=(0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
         lengths=(32, 128, 256, 512), latency_seconds=0.06, latency_length=32, latency_rounds=3,
@@ -59,6 +65,7 @@ PROFILES = {
     "full": Profile(
         name="full", num_layers=None, vocabulary=None, neurons=None, train_size=None, validation_size=None, max_length=64, batch_size=32,
         baseline_steps=400, baseline_learning_rate=1e-4, recovery_steps=300, recovery_learning_rate=1e-4, few_bits_learning_rate=3e-4,
+        student_steps=600, student_learning_rate=2e-4, language_steps=1500, unlabelled_size=12000,
         claim_steps=300, seeds=(0, 1, 2, 3, 4), calibration_size=512, selection_size=512,
         sparsities=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
         lengths=(32, 128, 256, 512), latency_seconds=0.2, latency_length=32, latency_rounds=5,

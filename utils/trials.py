@@ -41,7 +41,8 @@ class Trial:
     phases: list[Phase] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
-    from_baseline: bool = True  # a trial that started from another model has no dense control to stand against
+    from_baseline: bool = True
+    student: nn.Module | None = None  # the model as it was before its training: what a student's control starts from
 
     @property
     def steps(self) -> int:
@@ -108,5 +109,8 @@ def model_of(result: "Trial | nn.Module") -> tuple[nn.Module, Within]:
 
 
 def same_training(trial: "Trial | nn.Module") -> tuple[Phase, ...]:
-    """The phases of training that a dense control must have had; none for a model that came without a trial."""
-    return tuple(phase for phase in trial.phases if phase.steps) if isinstance(trial, Trial) and trial.from_baseline else ()
+    """The phases of training that a control must have had; none where there is no control: a model that came without a trial, or
+    a trial that started neither from the baseline nor as a student."""
+    if not isinstance(trial, Trial) or not (trial.from_baseline or trial.student is not None):
+        return ()
+    return tuple(phase for phase in trial.phases if phase.steps)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from utils import CompanionError, encodings
+from utils import CompanionError, encodings, training
 from utils.baseline import Phase, dense_control
 from utils.board import Board, RowRefused, flatten, in_turn
 from utils.claims import Evidence, exact
@@ -234,3 +234,21 @@ def test_the_smoke_profile_keeps_the_first_layers(board):
     assert board.baseline.model.config.vocab_size == board.profile.vocabulary == board.task.vocabulary
     assert max(max(ids) for ids in board.task.train.input_ids) < board.profile.vocabulary
     assert bert.load(num_layers=99).config.num_hidden_layers == 6
+
+
+def test_a_student_is_held_against_itself_on_labels_alone(board):
+    from utils import parts
+
+    student = parts.BiLSTM(board.profile.vocabulary, board.task.num_labels, 8, 8, 8)
+
+    def doubled(model, batch):
+        return 2 * training.cross_entropy(model, batch)
+
+    trial = board.trial(student=student, steps=2, learning_rate=1e-2, loss=doubled)
+    row = board.put(trial, "control", "a student", control_of="baseline")
+    assert row.against_control["control"] == "student on labels, 2 steps at 0.01"
+    control = board.trial(student=student, steps=2, learning_rate=1e-2)
+    expected = board.points(trial, control)
+    assert 100 * row.against_control["difference"] == pytest.approx(expected.value, abs=1e-3)
+    assert board.put(control, "control", "a student on labels", control_of="baseline").against_control is None
+    assert board.put(board.trial(start=student, steps=1), "control", "no student", control_of="baseline").against_control is None

@@ -1,8 +1,9 @@
 """Survey section 4.4: K-28, XtremeDistil. One thing after another, on unlabelled texts, and unfrozen from the top down.
 
-Mukherjee and Awadallah 2020 (ACL). Stage 1: the student's sentence vector, projected, becomes the teacher's; stage 2: its logits become
-the teacher's; both on unlabelled texts. Stage 3: labels. Within a stage the top layer learns first, then the next with it, and so on,
-so that a new goal does not wipe out what the layers below have learned. `unfrozen` serves MobileBERT's progressive transfer too.
+Mukherjee and Awadallah 2020 (ACL). Stage 1: the student's sentence vector, projected, becomes the teacher's; stage 2: its
+logits become the teacher's; both on unlabelled texts. Stage 3: labels. Within a stage the top layer learns first, then the
+next with it, and so on, so that a new goal does not wipe out what the layers below have learned. `unfrozen` serves
+MobileBERT's progressive transfer too.
 """
 
 import contextlib
@@ -36,7 +37,9 @@ class Projection(nn.Module):
 
 
 def sentence_vector(student: nn.Module, batch: dict) -> torch.Tensor:
-    """A student's vector of a sentence before its head: what the LSTM or the filters leave, or the last layer's [CLS]; (batch, size)."""
+    """A student's vector of a sentence before its head: what the LSTM or the filters leave, or the last layer's [CLS];
+    (batch, size).
+    """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     return student.encode(**inputs) if isinstance(student, BiLSTM | TextCNN) else student.bert(**inputs).last_hidden_state[:, 0]
 
@@ -51,8 +54,8 @@ def vector_size(student: nn.Module) -> int:
 def representation_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """KL(softmax(z_t) || softmax(z_s)) over the units of a state, the mean over sentences; (batch, size) both.
 
-    The paper writes KLD of two states without saying how they become distributions; a softmax makes them so. (The authors' later code
-    for Transformer students has a mean squared error in its place.)
+    The paper writes KLD of two states without saying how they become distributions; a softmax makes them so. (The authors'
+    later code for Transformer students has a mean squared error in its place.)
     """
     return kl_div(log_softmax(student.float(), -1), teacher.float().softmax(-1), reduction="none").sum(-1).mean()
 
@@ -112,9 +115,9 @@ def unfrozen(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
 def train_in_stages(trial: Trial, stages: list[Stage], steps: int, *, gradual: bool = True, **options) -> list[int]:
     """Pursue one goal after another, each for `steps`; returns how many parameters learned in each phase. K-28.
 
-    `gradual`: a stage falls into phases, one per layer, each with one layer more, from the top down, and as equal as the steps allow;
-    without it there is one phase, in which everything learns. Options go to `trial.recover`. Raises ValueError for fewer steps than
-    layers.
+    `gradual`: a stage falls into phases, one per layer, each with one layer more, from the top down, and as equal as the
+    steps allow; without it there is one phase, in which everything learns. Options go to `trial.recover`. Raises ValueError
+    for fewer steps than layers.
     """
     groups = from_the_top(trial.model)
     groups = groups if gradual else [[module for group in groups for module in group]]

@@ -1,8 +1,8 @@
 """Survey section 4.4: students that first learn the language: masked words, alone (K-25) or with a teacher beside them (K-21).
 
-The embedded BERT comes without the head that guesses masked words, so one is trained here, on the reviews at hand: a small scale, whose
-perplexity says how small. A `Masking` draws which words to hide; a `LanguageModel` is a BERT with the head, its output matrix tied to
-the word embeddings; losses have the form of `utils.training.train`.
+The embedded BERT comes without the head that guesses masked words, so one is trained here, on the reviews at hand: a small
+scale, whose perplexity says how small. A `Masking` draws which words to hide; a `LanguageModel` is a BERT with the head, its
+output matrix tied to the word embeddings; losses have the form of `utils.training.train`.
 """
 
 import dataclasses
@@ -99,7 +99,9 @@ class LanguageHead(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A BERT's encoder, which it shares with the classifier that it came from, and a head for masked words with tied embeddings."""
+    """A BERT's encoder, which it shares with the classifier that it came from, and a head for masked words with tied
+    embeddings.
+    """
 
     def __init__(self, encoder: BertModel, head: LanguageHead | None = None):
         super().__init__()
@@ -142,8 +144,8 @@ def language_loss(masking: Masking) -> Loss:
 def perplexity(model: LanguageModel, split: Split, masking: Masking, pad_token_id: int = 0, seed: int = 0) -> float:
     """exp of the mean loss per masked token of a split, each sentence masked once, the same way for every model.
 
-    A model that guesses evenly has the vocabulary's size. It is no perplexity of whole texts: a masked word is guessed from both sides.
-    Raises ValueError where no token is masked.
+    A model that guesses evenly has the vocabulary's size. It is no perplexity of whole texts: a masked word is guessed from
+    both sides. Raises ValueError where no token is masked.
     """
     generator, total, count = torch.Generator().manual_seed(seed), 0.0, 0
     device = next(model.parameters()).device
@@ -164,11 +166,12 @@ def perplexity(model: LanguageModel, split: Split, masking: Masking, pad_token_i
 
 
 def pretrain(trial: Trial, corpus: Task, masking: Masking, steps: int, *, loss: Loss | None = None, **options) -> LanguageModel:
-    """Teach a trial's BERT the language of a corpus before it learns a task: K-25. Embeddings learn too. Returns encoder and head.
+    """Teach a trial's BERT the language of a corpus before it learns a task: K-25. Embeddings learn too. Returns encoder and
+    head.
 
-    Turc, Chang, Lee and Toutanova 2019 (arXiv 1908.08962), survey 4.4: a small BERT is pre-trained on masked words, then distilled (with
-    `utils.distillation.objective.distill`, on unlabelled texts) and fine-tuned. `loss` replaces `language_loss` (K-21 gives its own);
-    options go to `trial.recover`, which counts steps and seconds.
+    Turc, Chang, Lee and Toutanova 2019 (arXiv 1908.08962), survey 4.4: a small BERT is pre-trained on masked words, then
+    distilled (with `utils.distillation.objective.distill`, on unlabelled texts) and fine-tuned. `loss` replaces
+    `language_loss` (K-21 gives its own); options go to `trial.recover`, which counts steps and seconds.
     """
     language = LanguageModel(trial.model.bert)
     learning = dataclasses.replace(trial, model=language, task=corpus)  # phases and losses are the trial's own lists
@@ -180,7 +183,9 @@ def pretrain(trial: Trial, corpus: Task, masking: Masking, steps: int, *, loss: 
 def train_head(
     encoder: BertModel, corpus: Task, masking: Masking, profile: Profile, **options
 ) -> tuple[LanguageModel, TrainingLog]:
-    """A head for an encoder that has none, on a copy of it: encoder, embeddings and head learn together. Options go to `train`."""
+    """A head for an encoder that has none, on a copy of it: encoder, embeddings and head learn together. Options go to
+    `train`.
+    """
     language = LanguageModel(bert.fresh_copy(encoder))
     log = training.train(language, corpus, profile, loss=language_loss(masking), train_embeddings=True, **options)
     return language, log
@@ -216,9 +221,9 @@ def cosine_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def triple_loss(teacher: LanguageModel, masking: Masking, weights: TripleLoss | None = None) -> Loss:
     """K-21: soft targets over the vocabulary, masked words, and the direction of the last states. Sanh et al. 2019, survey 4.4.
 
-    The teacher reads the same masked sentence. Soft targets are compared at masked tokens (the authors' `restrict_ce_to_mask`; their
-    default is every token, which costs seven times the products with the vocabulary), states at all real ones. Table only in the
-    survey; arXiv 1910.01108.
+    The teacher reads the same masked sentence. Soft targets are compared at masked tokens (the authors'
+    `restrict_ce_to_mask`; their default is every token, which costs seven times the products with the vocabulary), states at
+    all real ones. Table only in the survey; arXiv 1910.01108.
     """
     weights = weights or TripleLoss()
     teacher.eval()

@@ -18,9 +18,10 @@ from utils.trials import Trial
 def mobile_bert(teacher: nn.Module, num_layers: int, layer: dict, embedding_size: int | None = 128, seed: int = 0) -> nn.Module:
     """A BERT of bottleneck layers, as wide between its layers as the teacher, so that feature maps can be compared one by one.
 
-    `layer` holds the options of `parts.MobileBertLayer` (without the hidden size); `embedding_size` that of the trigram block, None
-    keeps the teacher's block. Pooler and classifier are the teacher's, as in Sun et al. 2020 (arXiv 2004.02984), survey 4.4; there
-    the teacher has inverted bottlenecks and is 512 wide, here it is the baseline. Raises ValueError for too many layers.
+    `layer` holds the options of `parts.MobileBertLayer` (without the hidden size); `embedding_size` that of the trigram
+    block, None keeps the teacher's block. Pooler and classifier are the teacher's, as in Sun et al. 2020 (arXiv 2004.02984),
+    survey 4.4; there the teacher has inverted bottlenecks and is 512 wide, here it is the baseline. Raises ValueError for too
+    many layers.
     """
     student = from_layers(teacher, starting_layers(len(teacher.bert.encoder.layer), num_layers, "first"))
     device = next(teacher.parameters()).device
@@ -38,7 +39,9 @@ def mobile_bert(teacher: nn.Module, num_layers: int, layer: dict, embedding_size
 
 @torch.no_grad()
 def trigram_embeddings(teacher: nn.Module, size: int) -> parts.TrigramEmbeddings:
-    """A trigram block that begins as the teacher's block, but for word vectors of rank `size`: the neighbours start with no say."""
+    """A trigram block that begins as the teacher's block, but for word vectors of rank `size`: the neighbours start with no
+    say.
+    """
     source = teacher.bert.embeddings
     table, hidden = source.word_embeddings.weight, teacher.config.hidden_size
     block = parts.TrigramEmbeddings(len(table), size, hidden, source.position_embeddings.num_embeddings, "layer_norm")
@@ -61,10 +64,11 @@ def layer_transfer(student_layer: int, teacher_layer: int) -> Objective:
 
 
 def progressive_transfer(trial: Trial, teacher: Teacher, layers: LayerMap, steps: int, **options) -> list[int]:
-    """Teach the student's layers one after another from the bottom, those below frozen; `steps` each. Returns what learned each time.
+    """Teach the student's layers one after another from the bottom, those below frozen; `steps` each. Returns what learned
+    each time.
 
-    The first takes the embeddings along. Afterwards the student is distilled and fine-tuned as a whole. Options go to `trial.recover`.
-    Raises ValueError for a map that does not fit, or is not one from every layer of the student.
+    The first takes the embeddings along. Afterwards the student is distilled and fine-tuned as a whole. Options go to
+    `trial.recover`. Raises ValueError for a map that does not fit, or is not one from every layer of the student.
     """
     block = trial.model.bert
     if sorted(layers) != list(range(1, len(block.encoder.layer) + 1)):

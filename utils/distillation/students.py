@@ -86,7 +86,8 @@ def project_rows(table: torch.Tensor, size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def narrower(teacher: nn.Module, num_layers: int, hidden_size: int, num_heads: int, neurons: int, seed: int = 0) -> nn.Module:
-    """A narrower BERT with random layers, whose embeddings are the teacher's in the directions that matter most to its word vectors.
+    """A narrower BERT with random layers, whose embeddings are the teacher's in the directions that matter most to its word
+    vectors.
 
     Raises ValueError for a student wider or deeper than the teacher.
     """
@@ -119,7 +120,9 @@ def with_word_vectors(student: parts.Part, teacher: nn.Module) -> parts.Part:
 def bilstm(
     teacher: nn.Module, embedding_size: int = 128, hidden_size: int = 128, head_size: int = 128, seed: int = 0
 ) -> parts.BiLSTM:
-    """K-27's student: one bidirectional LSTM over the teacher's word vectors. Tang et al. 2019 (300, 150 and 200), survey 4.4."""
+    """K-27's student: one bidirectional LSTM over the teacher's word vectors. Tang et al. 2019 (300, 150 and 200), survey
+    4.4.
+    """
     options = {"embedding_size": embedding_size, "hidden_size": hidden_size, "head_size": head_size}
     return with_word_vectors(seeded(parts.BiLSTM, teacher, options, seed), teacher).eval()
 
@@ -148,8 +151,8 @@ SQUEEZED = ("query", "key", "value", "ffn_in", "ffn_out")  # the projection afte
 def squeeze(model: nn.Module, groups: int = 4, matrices: tuple[str, ...] = SQUEEZED) -> None:
     """Put grouped layers in place of a BERT's dense ones; each keeps the diagonal blocks of what it replaces. In place.
 
-    Iandola et al. 2020 (arXiv 2006.11316), survey 4.4: they pre-train the grouped network; from a dense one, 1 - 1 / groups of the
-    weights are lost, and training has to make up for it. Raises ValueError where groups do not divide the widths.
+    Iandola et al. 2020 (arXiv 2006.11316), survey 4.4: they pre-train the grouped network; from a dense one, 1 - 1 / groups
+    of the weights are lost, and training has to make up for it. Raises ValueError where groups do not divide the widths.
     """
     for matrix in bert.linear_matrices(model, matrices):
         model.set_submodule(matrix.name.removesuffix(".weight"), parts.GroupedLinear.from_linear(matrix.module, groups))

@@ -1,8 +1,8 @@
 """Texts without labels, for teachers to label: other reviews cut to sentences, and copies of the training sentences, disturbed.
 
-K-27, the distilled BiLSTM (survey 4.4), lives on the second kind: Tang et al. 2019 (arXiv 1903.12136) make twenty copies of every
-sentence, and the teacher says what each of them means. The first kind is what the survey's section 4.5 calls the best case of
-distillation: much unlabelled text of the same subject.
+K-27, the distilled BiLSTM (survey 4.4), lives on the second kind: Tang et al. 2019 (arXiv 1903.12136) make twenty copies of
+every sentence, and the teacher says what each of them means. The first kind is what the survey's section 4.5 calls the best
+case of distillation: much unlabelled text of the same subject.
 """
 
 import dataclasses
@@ -58,7 +58,9 @@ def as_split(texts: list[str], task: Task, profile: Profile) -> Split:
 
 
 def unlabelled(task: Task, profile: Profile, count: int, seed: int = 0) -> Split:
-    """`count` unlabelled `imdb` sentences in the task's tokens, between the shortest and the longest tenth of the task's in length."""
+    """`count` unlabelled `imdb` sentences in the task's tokens, between the shortest and the longest tenth of the task's in
+    length.
+    """
     lengths = [len(text.split()) for text in tasks.column(task.train.data, "text")]
     low, high = np.quantile(lengths, (0.1, 0.9)).astype(int)
     return as_split(other_sentences(count, seed, (int(low), int(high))), task, profile)
@@ -117,8 +119,9 @@ class Disturbance:
 def disturb(words: list[str], others: list[str], how: Disturbance, rng: np.random.Generator, mask: str = "[MASK]") -> list[str]:
     """One copy: word by word masked, replaced by one of `others`, or kept; then, perhaps, cut to a window. Tang et al. 2019.
 
-    The paper draws a replacement among words of the same part of speech, which needs a tagger. Here `others` are all words of the
-    corpus with their repetitions, so that a replacement is as frequent as the word is: the same disturbance with less grammar.
+    The paper draws a replacement among words of the same part of speech, which needs a tagger. Here `others` are all words of
+    the corpus with their repetitions, so that a replacement is as frequent as the word is: the same disturbance with less
+    grammar.
     """
     rolls = rng.random(len(words))
     drawn = rng.integers(len(others), size=len(words))
@@ -132,7 +135,8 @@ def disturb(words: list[str], others: list[str], how: Disturbance, rng: np.rando
 
 
 def augment(texts: list[str], copies: int = 20, how: Disturbance | None = None, seed: int = 0, mask: str = "[MASK]") -> list[str]:
-    """Up to `copies` disturbed copies of every text, each new: none is a text or an earlier copy. K-27, Tang et al. 2019, survey 4.4.
+    """Up to `copies` disturbed copies of every text, each new: none is a text or an earlier copy. K-27, Tang et al. 2019,
+    survey 4.4.
 
     Raises ValueError for no texts, and for a negative number of copies.
     """

@@ -1,8 +1,8 @@
 """Survey section 4.4: K-31, BERT-of-Theseus. Pieces of the teacher are replaced one after another until none of it is left.
 
-Xu et al. 2020 (arXiv 2002.02925). The predecessor's layers fall into as many modules as the successor has layers; in training every
-module is the successor's layer with probability p, else the predecessor's layers. No loss is added to that of the labels: what reaches
-the successor from the predecessor comes through the layers around it.
+Xu et al. 2020 (arXiv 2002.02925). The predecessor's layers fall into as many modules as the successor has layers; in training
+every module is the successor's layer with probability p, else the predecessor's layers. No loss is added to that of the
+labels: what reaches the successor from the predecessor comes through the layers around it.
 """
 
 import contextlib
@@ -17,14 +17,18 @@ Rate = Callable[[int], float]  # optimiser steps done -> probability that a modu
 
 
 def constant_rate(rate: float, until: int | None = None) -> Rate:
-    """p = `rate`, and 1 from step `until` on, where the successor is fine-tuned alone (the authors: 0.5). ValueError outside [0, 1]."""
+    """p = `rate`, and 1 from step `until` on, where the successor is fine-tuned alone (the authors: 0.5). ValueError outside
+    [0, 1].
+    """
     if not 0 <= rate <= 1:
         raise ValueError(f"the replacement rate must lie in [0, 1], got {rate}")
     return lambda step: rate if until is None or step < until else 1.0
 
 
 def linear_rate(start: float, slope: float) -> Rate:
-    """p = min(1, start + slope * step), the curriculum (the authors: 0.3 and 6e-4 a step). ValueError outside [0, 1], or falling."""
+    """p = min(1, start + slope * step), the curriculum (the authors: 0.3 and 6e-4 a step). ValueError outside [0, 1], or
+    falling.
+    """
     if not 0 <= start <= 1 or slope < 0:
         raise ValueError(f"the replacement rate starts in [0, 1] and does not fall, got start {start} and slope {slope}")
     return lambda step: min(1.0, start + slope * step)
@@ -41,9 +45,9 @@ def modules_of(predecessor: nn.ModuleList, count: int) -> list[list[nn.Module]]:
 class Theseus:
     """The replacing of modules while a successor trains. `replaced` and `drawn` count modules, over all training passes.
 
-    Train inside `with theseus.replacing(successor):`, with `after_step=theseus.after_step` and `parameters=theseus.parameters(successor)`:
-    the predecessor's layers never learn, and neither do embeddings and head, which the successor has from it. In evaluation mode the
-    successor runs alone. `generator` is a CPU one.
+    Train inside `with theseus.replacing(successor):`, with `after_step=theseus.after_step` and
+    `parameters=theseus.parameters(successor)`: the predecessor's layers never learn, and neither do embeddings and head,
+    which the successor has from it. In evaluation mode the successor runs alone. `generator` is a CPU one.
     """
 
     def __init__(self, predecessor: nn.Module, rate: Rate, generator: torch.Generator | None = None):

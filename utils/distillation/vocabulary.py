@@ -1,12 +1,13 @@
 """Survey section 4.4: K-19, a student with a small vocabulary of its own, whose word pieces the teacher learns to read.
 
-Zhao, Gupta, Song and Zhou 2019 (arXiv 1909.11687). Most of a small BERT is its table of word vectors, and a student with fewer word
-pieces cannot copy the teacher's output. So the teacher reads sentences in which some words are spelled in the student's pieces, whose
-short vectors are projected to its width, and guesses masked words in the vocabulary that spelled them: that teaches the student's table.
-The student learns at the same time, from its own spelling alone, and shared projections draw its matrices to the teacher's.
+Zhao, Gupta, Song and Zhou 2019 (arXiv 1909.11687). Most of a small BERT is its table of word vectors, and a student with
+fewer word pieces cannot copy the teacher's output. So the teacher reads sentences in which some words are spelled in the
+student's pieces, whose short vectors are projected to its width, and guesses masked words in the vocabulary that spelled
+them: that teaches the student's table. The student learns at the same time, from its own spelling alone, and shared
+projections draw its matrices to the teacher's.
 
-Scaled down: the student's vocabulary is built from the training sentences, and a word that the teacher splits is spelled piece by piece,
-so that the finished student can read the teacher's token ids (`utils.parts.SpelledBert`).
+Scaled down: the student's vocabulary is built from the training sentences, and a word that the teacher splits is spelled
+piece by piece, so that the finished student can read the teacher's token ids (`utils.parts.SpelledBert`).
 """
 
 import heapq
@@ -102,10 +103,11 @@ def joined_up(pieces: list[str], pair: tuple[str, str], joined: str) -> list[str
 
 
 def build_vocabulary(counts: Counter[str], size: int) -> list[str]:
-    """`size` word pieces for these words: special tokens, all characters, then the most frequent pair of neighbours again and again.
+    """`size` word pieces for these words: special tokens, all characters, then the most frequent pair of neighbours again and
+    again.
 
-    What the `tokenizers` library calls WordPiece training, but with ties broken by the alphabet: theirs differ from run to run. Fewer
-    pieces come back where no pair is left. Raises ValueError for a size that does not even hold the characters.
+    What the `tokenizers` library calls WordPiece training, but with ties broken by the alphabet: theirs differ from run to
+    run. Fewer pieces come back where no pair is left. Raises ValueError for a size that does not even hold the characters.
     """
     neighbours = Neighbours(counts)
     pieces = dict.fromkeys((*SPECIAL, *sorted({piece for parts in neighbours.spelled.values() for piece in parts})))
@@ -145,7 +147,9 @@ def spelling_table(pieces: list[str], vocabulary: list[str]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Mixer:
-    """Writes token ids anew, words of them in the student's pieces; those ids come after the teacher's: own id + teacher's size."""
+    """Writes token ids anew, words of them in the student's pieces; those ids come after the teacher's: own id + teacher's
+    size.
+    """
 
     spelling: torch.Tensor  # (teacher's pieces, longest spelling)
     inside: torch.Tensor  # (teacher's pieces,), whether a piece continues a word
@@ -168,8 +172,8 @@ class Mixer:
         chosen = (torch.rand(int(word[-1]) + 1) < share)[word] & ~self.special[ids]
         spelled = torch.where(self.spelling[ids] != 0, self.spelling[ids] + len(self.spelling), 0)
         kept = nn.functional.pad(ids[:, None], (0, spelled.shape[1] - 1))
-        row, real = torch.where(chosen[:, None], spelled, kept), torch.where(chosen[:, None], spelled != 0, _first(spelled.shape))
-        return row[real]
+        real = torch.where(chosen[:, None], spelled != 0, _first(spelled.shape))
+        return torch.where(chosen[:, None], spelled, kept)[real]
 
     def growth(self, rows: list[list[int]], covered: float = 0.99) -> float:
         """How many own pieces a token takes, such that this share of the sentences fits; at least 1, in steps of 0.01."""
@@ -199,8 +203,8 @@ def rewrite(batch: dict, write) -> dict:
 def spelled_student(teacher: nn.Module, mixer: Mixer, vocabulary: list[str], sizes: dict, growth: float) -> SpelledBert:
     """A small BERT of its own vocabulary that reads the teacher's ids. `sizes` holds hidden size, layers, heads and neurons.
 
-    Its word vectors begin as the teacher's, in their principal directions: those of the same piece, or the mean of the pieces that
-    spell it there. Its layers are random. `sizes` has the names of a `BertConfig`. Draws from the global random numbers.
+    Its word vectors begin as the teacher's, in their principal directions: those of the same piece, or the mean of the pieces
+    that spell it there. Its layers are random. `sizes` has the names of a `BertConfig`. Draws from the global random numbers.
     Raises ValueError for a vocabulary that 16 bits cannot number.
     """
     if len(vocabulary) > torch.iinfo(torch.int16).max:
@@ -241,8 +245,8 @@ def inherited(vectors: torch.Tensor, mixer: Mixer) -> torch.Tensor:
 class MixedTeacher(nn.Module):
     """A BERT that reads and guesses both vocabularies; the student's vectors, which it shares, come in through a projection.
 
-    Ids below the teacher's vocabulary size are its own, the others the student's. A masked token is guessed by a softmax over the
-    vocabulary that spelled it. Zhao et al. 2019, survey 4.4.
+    Ids below the teacher's vocabulary size are its own, the others the student's. A masked token is guessed by a softmax over
+    the vocabulary that spelled it. Zhao et al. 2019, survey 4.4.
     """
 
     def __init__(self, language: LanguageModel, student_table: nn.Embedding):
@@ -284,9 +288,9 @@ class MixedTeacher(nn.Module):
 class SharedProjections(nn.Module):
     """Two maps per pair of widths, the same for all layers, that turn the student's weights into the teacher's, or back.
 
-    `up`: theta_t ~ U theta_s V, `down`: U theta_t V ~ theta_s; biases have U alone. The teacher's weights are a target and get no
-    gradient. Student layer i answers to one of the teacher's, evenly spread. Zhao et al. 2019, survey 4.4; word vectors are left out,
-    since those of the student are in the teacher already. Raises ValueError for another direction.
+    `up`: theta_t ~ U theta_s V, `down`: U theta_t V ~ theta_s; biases have U alone. The teacher's weights are a target and
+    get no gradient. Student layer i answers to one of the teacher's, evenly spread. Zhao et al. 2019, survey 4.4; word
+    vectors are left out, since those of the student are in the teacher already. Raises ValueError for another direction.
     """
 
     MATRICES = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
@@ -302,8 +306,8 @@ class SharedProjections(nn.Module):
                       for i, j in enumerate(chosen) for name in self.MATRICES]  # fmt: skip
         widths = {size for mine, given in self.pairs for size in zip(mine.weight.shape, given.weight.shape, strict=True)}
         device = self.pairs[0][0].weight.device
-        self.left, self.right = (nn.ParameterDict({self.name(*size): torch.eye(*(size if direction == "up" else size[::-1])).to(device)
-                                                   for size in sorted(widths)}) for _ in range(2))  # fmt: skip
+        start = {self.name(*size): torch.eye(*(size if direction == "up" else size[::-1])) for size in sorted(widths)}
+        self.left, self.right = (nn.ParameterDict({name: eye.clone().to(device) for name, eye in start.items()}) for _ in range(2))
 
     @staticmethod
     def name(teacher_size: int, student_size: int) -> str:
@@ -342,7 +346,9 @@ class DualModel(nn.Module):
 
 @dataclass(frozen=True)
 class DualTraining:
-    """How both read. `share` of the words are spelled by the student's vocabulary for the teacher; maskings for joint and own ids."""
+    """How both read. `share` of the words are spelled by the student's vocabulary for the teacher; maskings for joint and own
+    ids.
+    """
 
     mixer: Mixer
     joint: Masking
