@@ -85,7 +85,7 @@ def project_rows(table: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def narrower(teacher: nn.Module, num_layers: int, hidden_size: int, num_heads: int, neurons: int, seed: int = 0) -> nn.Module:
+def narrower(teacher: nn.Module, num_layers: int, hidden_size: int, num_heads: int, seed: int = 0) -> nn.Module:
     """A narrower BERT with random layers, whose embeddings are the teacher's in the directions that matter most to its word
     vectors.
 
@@ -97,7 +97,7 @@ def narrower(teacher: nn.Module, num_layers: int, hidden_size: int, num_heads: i
         raise ValueError(
             f"a student is at most as wide as its teacher: hidden_size must lie in 1..{config.hidden_size}, got {hidden_size}"
         )
-    student = bert.small(config, num_layers, hidden_size, num_heads, neurons, seed)
+    student = bert.small(config, num_layers, hidden_size, num_heads, 4 * hidden_size, seed)
     source, target = teacher.bert.embeddings, student.bert.embeddings
     directions = principal_directions(source.word_embeddings.weight, hidden_size)
     for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):

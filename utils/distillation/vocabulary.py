@@ -307,7 +307,9 @@ class SharedProjections(nn.Module):
         widths = {size for mine, given in self.pairs for size in zip(mine.weight.shape, given.weight.shape, strict=True)}
         device = self.pairs[0][0].weight.device
         start = {self.name(*size): torch.eye(*(size if direction == "up" else size[::-1])) for size in sorted(widths)}
-        self.left, self.right = (nn.ParameterDict({name: eye.clone().to(device) for name, eye in start.items()}) for _ in range(2))
+        self.left, self.right = (
+            nn.ParameterDict({name: eye.clone().to(device) for name, eye in start.items()}) for _ in range(2)
+        )
 
     @staticmethod
     def name(teacher_size: int, student_size: int) -> str:
