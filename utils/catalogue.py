@@ -51,6 +51,13 @@ class Method:
             return False
 
 
+def missing(method: Method) -> list[str]:
+    """A method's gaps; a row that waits for its chapter's run is none (`notebooks/STALE.json` names the chapter)."""
+    from utils import notebooks
+
+    return [gap for gap in method.gaps() if gap != "measured row" or method.chapter not in notebooks.stale()]
+
+
 def chapters() -> list[str]:
     """Chapters that have a lesson, in order."""
     return sorted(folder.name for folder in (ROOT / "lessons").iterdir() if lesson_path(folder.name).is_file())

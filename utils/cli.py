@@ -183,7 +183,7 @@ def catalogue(
     table = Table("id", "method", "implemented in", "lesson", "tests", "rows", "missing", title="Methods of the survey")
     gaps = []
     for method in found:
-        missing = method.gaps()
+        missing = methods.missing(method)
         if missing and (chapter or method.chapter in written):
             gaps.append(f"{method.id} lacks {', '.join(missing)}")
         name = f"{method.name}: {method.variant}" if method.variant else method.name

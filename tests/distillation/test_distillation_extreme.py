@@ -92,8 +92,11 @@ def test_layers_thaw_from_the_top_in_every_stage(make, teacher, batch):
         p.numel() for p in student.parameters()
     )
     projection = extreme.Projection(extreme.vector_size(student), 32)
-    transfer, labelled = task_of(batch, "transfer"), task_of(batch)
-    stages = extreme.xtreme_stages(live, 1, transfer, labelled, projection)
+    transfer, labelled = task_of({**batch, "labels": torch.full((4,), -100)}, "transfer"), task_of(batch)
+    read, stages = [], []
+    for stage in extreme.xtreme_stages(live, 1, transfer, labelled, projection):
+        noting = lambda model, batch, stage=stage: (read.append(int(batch["labels"].min())), stage.loss(model, batch))[1]  # noqa: E731
+        stages.append(extreme.Stage(noting, stage.task, stage.modules))
     trial, seen = Trial(student, labelled, get("smoke")), []
 
     def watch(step, model, optimizer):
@@ -106,7 +109,15 @@ def test_layers_thaw_from_the_top_in_every_stage(make, teacher, batch):
     assert trial.steps == len(seen) == 3 * (len(groups) + 1)
     stage = [[position <= phase for position in range(len(groups))] for phase in range(len(groups))]
     assert seen == [*stage, stage[-1]] * 3  # the last phase has the step that is left over
+    assert read == [-100] * 2 * (len(groups) + 1) + [0] * (len(groups) + 1)  # the first two stages see unlabelled sentences
     assert trial.task is labelled and all(p.requires_grad for p in student.parameters())
+
+
+@pytest.mark.method("K-28")
+def test_the_top_of_a_bert_is_its_head_then_its_last_layer(teacher):
+    order = [type(group[0]).__name__ for group in extreme.from_the_top(teacher)]
+    assert order == ["Linear", "BertLayer", "BertLayer", "BertEmbeddings"]
+    assert [group[0] for group in extreme.from_the_top(teacher)[1:3]] == list(teacher.bert.encoder.layer)[::-1]
 
 
 @pytest.mark.method("K-28")

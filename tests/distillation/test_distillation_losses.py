@@ -274,6 +274,11 @@ def test_an_ensembles_output_is_the_class_of_the_mean(student_model, teacher_mod
     mean = sum(member(batch).logits.softmax(-1) for member in members)
     found = objective.as_loss(losses.ensemble_outputs(), ensemble)(student_model, batch)
     torch.testing.assert_close(found, cross_entropy(capture(student_model, batch).logits, mean.argmax(-1)))
+    mask, own = torch.ones(1, 1), [[0.6, 0.35, 0.05], [0.05, 0.45, 0.5], [0.05, 0.45, 0.5]]
+    torn = Outputs(torch.zeros(1, 3), mask, {}, tuple(Outputs(torch.tensor([p]).log(), mask) for p in own))
+    student = torch.tensor([[0.1, 0.7, -0.4]])
+    compromise = cross_entropy(student, torch.tensor([1]))  # the mean's class, and no member's own
+    torch.testing.assert_close(losses.ensemble_outputs().loss(Outputs(student, mask), torn, {}), compromise)
     one = objective.as_loss(losses.ensemble_outputs(), teachers.AveragedTeachers([LiveTeacher(teacher_model)]))
     torch.testing.assert_close(one(student_model, batch), value(losses.best_outputs(), student_model, teacher_model, batch))
     with pytest.raises(ValueError, match="an ensemble is needed"):

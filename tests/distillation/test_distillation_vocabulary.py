@@ -19,7 +19,7 @@ from utils.tasks import Split, Task
 from utils.trials import Trial
 
 # teacher's pieces by id: special tokens, then words and continuing pieces
-PIECES = [*SPECIAL, "play", "##ing", "##ed", "good", "bad", "##ly", "film", "s", "##s", "[unused1]", "été"]
+PIECES = [*SPECIAL, "play", "##ing", "##ed", "good", "bad", "##ly", "film", "s", "##s", "[unused1]", "été", "goods"]
 OWN = [*SPECIAL, "p", "##l", "##a", "##y", "##ing", "good", "##e", "##d", "f", "##i", "##m", "b", "s", "##s"]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 

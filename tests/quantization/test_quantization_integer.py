@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import onnxruntime
 import pytest
@@ -120,12 +121,21 @@ def test_int8_engines_are_close_small_and_multiply_integers(files, batch):
     assert engines["openvino"].nbytes == sum((folder / f"int8.{end}").stat().st_size for end in ("xml", "bin"))
 
 
-def test_openvino_keeps_float32_where_it_is_asked_to(files):
+def test_openvino_computes_in_the_precision_that_it_is_asked_for(files, monkeypatch):
     _, folder = files
+    assert integer.openvino_computes("FP32") and not integer.openvino_computes("no such type")
     compiled = integer.openvino_compile(folder / "float32.onnx")
     assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
-    assert integer.openvino_integer_products(compiled) == 0 and integer.openvino_computes("FP32")
-    assert not integer.openvino_computes("no such type")
+    asked = []  # a processor without bfloat16 falls back to float32, and processors with it would not compute in float32 by themselves
+
+    class Core:
+        def compile_model(self, path, device, settings):
+            asked.append((device, settings["INFERENCE_PRECISION_HINT"]))
+
+    monkeypatch.setattr(integer, "optional", lambda name: SimpleNamespace(Core=Core))
+    integer.openvino_compile(folder / "float32.onnx")
+    integer.openvino_compile(folder / "float32.onnx", "bf16")
+    assert asked == [("CPU", "f32"), ("CPU", "bf16")]
 
 
 @pytest.mark.method("Q-16")

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from utils import CompanionError, catalogue
+from utils import CompanionError, catalogue, notebooks
 
 CHAPTERS = catalogue.chapters()
 
@@ -18,7 +18,16 @@ def test_catalogue_ids_are_unique_and_every_survey_method_is_there():
 
 @pytest.mark.parametrize("method", [m for m in catalogue.load() if m.chapter in CHAPTERS], ids=lambda m: m.id)
 def test_methods_of_written_chapters_are_complete(method):
-    assert method.gaps() == []
+    assert catalogue.missing(method) == []
+
+
+def test_only_a_measured_row_may_wait(monkeypatch):
+    method = catalogue.load("01_pruning")[0]
+    method.rows, method.tests = 0, []
+    monkeypatch.setattr(notebooks, "stale", dict)
+    assert catalogue.missing(method) == ["test", "measured row"]
+    monkeypatch.setattr(notebooks, "stale", lambda: {"01_pruning": "the rerun is due"})
+    assert catalogue.missing(method) == ["test"]
 
 
 def test_an_unknown_chapter():

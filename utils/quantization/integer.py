@@ -197,13 +197,12 @@ def export_onnx(model: nn.Module, path: Path) -> None:
     """
     optional("onnx")
     copy = bert.fresh_copy(model).float().cpu()
-    ids, mask = torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long)
-    mask[1, 5:] = 0  # an example without padding would lose the mask
+    ids = torch.ones(2, 8, dtype=torch.long)
     any_size = {0: "batch", 1: "length"}
     axes = {"input_ids": any_size, "attention_mask": any_size, "logits": {0: "batch"}}
     with bert.attention(copy, "eager"), _quiet():
-        torch.onnx.export(_Logits(copy).eval(), (ids, mask), path, input_names=list(INPUTS), output_names=["logits"],
-                          dynamic_axes=axes, dynamo=False)  # fmt: skip
+        torch.onnx.export(_Logits(copy).eval(), (ids, torch.ones_like(ids)), path, input_names=list(INPUTS),
+                          output_names=["logits"], dynamic_axes=axes, dynamo=False)  # fmt: skip
 
 
 # --- ONNX Runtime ---------------------------------------------------------------------------------------------------
