@@ -151,9 +151,9 @@ def test_weights_that_are_none_are_refused():
 
 @pytest.mark.method("K-26")
 def test_cost_attention_is_the_authors_and_prefers_cheap_layers():
-    flow, cost = np.array([[0.3, 0.2], [0.1, 0.4]]), np.array([[1.0, 2.0], [0.5, 0.25]])
-    weights, T = np.array([0.5, 0.5]), 2.0
-    unit = np.array([(0.3 * 1 + 0.2 * 2) / 0.5, (0.1 * 0.5 + 0.4 * 0.25) / 0.5])  # transfer cost of a unit, layer by layer
+    flow, cost = np.array([[0.3, 0.1], [0.2, 0.4]]), np.array([[1.0, 2.0], [0.5, 0.25]])
+    weights, T = np.array([0.4, 0.6]), 2.0
+    unit = np.array([(0.3 * 1 + 0.1 * 2) / 0.4, (0.2 * 0.5 + 0.4 * 0.25) / 0.6])  # transfer cost of a unit, layer by layer
     raised = np.exp(unit.sum() / unit / T)
     found = layers.cost_attention(flow, cost, weights, T)
     np.testing.assert_allclose(found, raised / raised.sum())

@@ -118,7 +118,7 @@ class LearnedLevels(nn.Module):
 
 
 def learn_levels(model: nn.Module, bits: int, groups: tuple[str, ...] = ENCODER) -> list[str]:
-    """K-06b: freeze the weights of the groups in place and learn where their levels lie; returns the matrices' names.
+    """K-06b: put the weights of the groups on levels that learn, and stand still themselves; returns the matrices' names.
 
     The rest of the model trains as usual. Raises ValueError for bits outside 1 to 8.
     """
@@ -126,7 +126,6 @@ def learn_levels(model: nn.Module, bits: int, groups: tuple[str, ...] = ENCODER)
     found = matrices(model, groups)
     for m in found:
         parametrize.register_parametrization(m.module, "weight", LearnedLevels(m.weight, bits))
-        m.module.parametrizations.weight.original.requires_grad_(False)
     return [m.name for m in found]
 
 
@@ -139,7 +138,6 @@ def burn_in(model: nn.Module) -> dict[str, Encoded]:
             held = module.parametrizations.weight
             stored[f"{name}.weight"] = held[0].encode(held.original.detach())
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-            module.weight.requires_grad_(True)
     return stored
 
 

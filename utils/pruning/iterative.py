@@ -197,15 +197,13 @@ def narang_pruning(
     end: int,
     frequency: int,
     groups: tuple[str, ...] = ENCODER,
-    score: Callable[[torch.Tensor], torch.Tensor] = torch.abs,
-    slope: float = 1.0,
 ) -> AfterStep:
     """Gradual pruning with a rising threshold: every `frequency` steps, what lies below eps is masked for good.
 
     Each matrix has its own q, the percentile of its |w| at step `start` that stands for `sparsity` (0.9 in the paper). There
     the threshold decides when a weight goes and where it ends up; here it decides only when: it is stopped at `sparsity`, and
     at `end` exactly that much is gone, so that methods compare. Narang, Elsen, Diamos, Sengupta 2017 (arXiv 1704.05119), survey
-    2.1.3. `score` and `slope` are for blocks (`utils.pruning.blocks`). Raises ValueError as `narang_slopes`.
+    2.1.3. Raises ValueError as `narang_slopes`.
     """
     check_sparsity(sparsity)
     times = {"start": start, "ramp": ramp, "end": end, "frequency": frequency}
@@ -217,9 +215,9 @@ def narang_pruning(
         for m in matrices(model, groups) if step in steps else ():
             if step == start:
                 q = percentile(m.weight.detach().abs(), sparsity).item()
-                slopes[m.name] = narang_slopes(slope * q, **times)
+                slopes[m.name] = narang_slopes(q, **times)
             eps = narang_threshold(step, **times, theta=slopes[m.name][0], phi=slopes[m.name][1])
-            hold_masks(model, {m.name: below_mask(score(m.weight.detach()), eps, sparsity, step == end, m.weight.shape)})
+            hold_masks(model, {m.name: below_mask(m.weight.detach().abs(), eps, sparsity, step == end, m.weight.shape)})
 
     return after_step
 
