@@ -156,3 +156,15 @@ def test_what_is_no_exchange_is_refused(task):
         Exchange(weight=-1.0)
     with pytest.raises(ValueError, match="one trial or more"):
         peers.mutual_learning([], 2)
+
+
+@pytest.mark.method("K-12", "K-13")
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_peer_is_asked_without_its_dropout_and_trains_on_with_it(task, interval):
+    trials, batch = [make_trial(make_bert(1, seed=k, classifier_dropout=0.5), task) for k in range(2)], first_batch(task)
+    reference = logits_of(trials[1].model, batch)
+    for trial in trials:
+        trial.model.train()
+    (found,) = peers.Cohort(trials, Exchange(interval=interval)).predictions(0, batch)
+    torch.testing.assert_close(found, reference)
+    assert trials[1].model.training

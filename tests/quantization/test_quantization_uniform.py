@@ -149,6 +149,15 @@ def test_the_searched_error_is_exact_and_the_even_grid_is_the_best_of_three(bits
 
 
 @pytest.mark.method("Q-16")
+def test_a_search_in_pieces_finds_the_same(weight, monkeypatch):
+    whole = [EvenQuantizer(3, "row").quantize(weight), uniform.mse_range(weight, 3, True)[1]]
+    monkeypatch.setattr(uniform, "CHUNK", 7 * 25 * 7)  # seven of the 24 rows at a time
+    pieces = [uniform.even_grid.__wrapped__(weight.unsqueeze(1), 3), uniform.mse_range(weight, 3, True)[1]]
+    again = uniform.from_codes(uniform.to_codes(weight.unsqueeze(1), *pieces[0], 3, False), *pieces[0]).view_as(weight)
+    assert torch.equal(again, whole[0]) and torch.equal(pieces[1], whole[1])
+
+
+@pytest.mark.method("Q-16")
 def test_in_training_the_scale_follows_the_weight_by_least_squares_and_outside_it_is_searched(weight, monkeypatch):
     quantizer = EvenQuantizer(2, "row")
     scale, zero = quantizer.levels(weight)[1:]

@@ -1,4 +1,4 @@
-"""Chapter 03, knowledge distillation (survey section 4): one module per subsection or family. `objective` and `outputs` serve all.
+"""Chapter 03, knowledge distillation (survey section 4): one module per subsection or family; `objective` and `outputs` serve all.
 
 | module | survey | methods |
 |---|---|---|

@@ -251,7 +251,7 @@ def check_penalty(share: float, end: int, groups: str) -> None:
         raise ValueError(f"end must be a step, 1 or later, got {end}")
 
 
-def plan(penalty: ProximalPruning, layer: nn.Module, step: int, learning_rate: float) -> float:
+def plan(penalty: "ProximalPruning", layer: nn.Module, step: int, learning_rate: float) -> float:
     """The strength of this step, from the way that is left.
 
     Over a training a group shrinks by sum_i lr_i * strength_i, unless its gradient pulls it up again. The way to go is the dual
@@ -265,7 +265,7 @@ def plan(penalty: ProximalPruning, layer: nn.Module, step: int, learning_rate: f
     return distance * step / sum(range(step, penalty.end + 1)) / learning_rate
 
 
-def settle(penalty: ProximalPruning, number: int, layer: nn.Module) -> None:
+def settle(penalty: "ProximalPruning", number: int, layer: nn.Module) -> None:
     """The penalty rests: what is missing of `share` goes by norm, constants are folded, and survivors get back what it took.
 
     A penalty chooses and shrinks, and only the choice is wanted: the relaxed lasso (Meinshausen 2007) fits what survives anew

@@ -26,6 +26,7 @@ RangeFunction = Callable[[torch.Tensor, int, bool], Range]
 GRANULARITIES = ("tensor", "row", "group")
 OPERANDS = ("query", "key", "value", "probabilities")
 QUANTIZED_ATTENTION = "companion_quantized"
+CHUNK = 2**22  # borders that a search holds at a time
 POLISH = 4  # least-squares steps after the scales that a search tries
 REFRESH = 10  # training steps that balanced borders live
 
@@ -148,6 +149,11 @@ class SortedValues:
         square = np.einsum("ij,ij->i", values, values, dtype=np.float64)[:, None]
         return cls(*(torch.from_numpy(part).to(x.device) for part in (values, sums, square)))
 
+    def split(self, step: int) -> list["SortedValues"]:
+        """Pieces of at most `step` ranges."""
+        parts = (part.split(step) for part in (self.values, self.sums, self.square))
+        return [SortedValues(*part) for part in zip(*parts, strict=True)]
+
     def stretches(self, borders: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """How many values lie between neighbouring borders, and their sum, (ranges, scales, levels); `borders` (ranges, scales, levels - 1)."""
         ends = torch.searchsorted(self.values, borders.flatten(1).to(self.values.dtype)).view(borders.shape)
@@ -164,6 +170,11 @@ def least_error_scale(
     alternates the nearest codes and the least-squares scale. Every error is exact and costs `top` binary searches, however many
     values there are.
     """
+    step = max(1, CHUNK // (tries * top))
+    if len(zero) > step:
+        parts = zip(x.split(step), widest.split(step), zero.split(step), strict=True)
+        found = [least_error_scale(*part, top, tries) for part in parts]
+        return torch.cat([scale for scale, _ in found]), torch.cat([error for _, error in found])
     b = (torch.arange(top + 1, device=zero.device) - zero.double()).unsqueeze(1)  # (ranges, 1, levels)
 
     def error(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
