@@ -77,7 +77,9 @@ def label_control(start: nn.Module, key: str, phases: tuple[Phase, ...], task: T
             {"logits": training.predict(model, task.validation, task.tokenizer.pad_token_id)}, folder / "logits.safetensors"
         )
 
-    sizes = {"start": key, "task": task.key, "phases": phases, "batch_size": profile.batch_size,
+    device = next(start.parameters()).device
+    sizes = {"start": key, "task": task.key, "phases": phases, "batch_size": profile.batch_size, "device": device.type,
+             "dtype": compute_dtype(device), "torch": torch.__version__,
              "code": cache.source_hash(training, tasks, bert)}  # fmt: skip
     folder = cache.once("control", cache.key(sizes), build)
     return load_file(folder / "logits.safetensors")["logits"]

@@ -159,7 +159,7 @@ class Board:
         `start` is copied in place of the baseline. A `student` is, too, and its rows are held against the same student after the
         same training on labels alone.
         """
-        copied = self.dense if start is None and student is None else start if student is None else student
+        copied = next(model for model in (student, start, self.dense) if model is not None)
         trial = Trial(
             bert.fresh_copy(copied), self.task, self.profile, self.seed if seed is None else seed, within or trials.as_it_is
         )

@@ -52,6 +52,14 @@ def find(model: nn.Module) -> dict[str, Part]:
 # --- linear layers --------------------------------------------------------------------------------------------------
 
 
+def in_place_of(linear: nn.Linear, kind: type[Part], size: int) -> Part:
+    """A part with a linear layer's widths, number type and bias, and one size of its own; its weights are still to be set."""
+    part = kind(linear.in_features, linear.out_features, size, linear.bias is not None).to(linear.weight)
+    if linear.bias is not None:
+        part.bias.copy_(linear.bias)
+    return part
+
+
 class LowRankLinear(Part):
     """y = L (R x) + b with L (out, rank) and R (rank, in): it stays factorised in memory, on disk and in the clock."""
 
@@ -70,13 +78,11 @@ class LowRankLinear(Part):
         """The best approximation of that rank (Eckart and Young 1936): the singular values are shared out between the
         factors.
         """
-        part = cls(linear.in_features, linear.out_features, rank, linear.bias is not None).to(linear.weight)
+        part = in_place_of(linear, cls, rank)
         U, S, Vh = torch.linalg.svd(linear.weight.float(), full_matrices=False)
         root = S[:rank].sqrt()
         part.left.copy_(U[:, :rank] * root)
         part.right.copy_(root[:, None] * Vh[:rank])
-        if linear.bias is not None:
-            part.bias.copy_(linear.bias)
         return part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -118,13 +124,11 @@ class GroupedLinear(Part):
         """The diagonal blocks of a dense matrix: of all layers with these groups the nearest one, since it has no other
         entries.
         """
-        part = cls(linear.in_features, linear.out_features, groups, linear.bias is not None).to(linear.weight)
+        part = in_place_of(linear, cls, groups)
         rows, columns = part.weight.shape[1:]
         part.weight.copy_(
             torch.stack([linear.weight[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)])
         )
-        if linear.bias is not None:
-            part.bias.copy_(linear.bias)
         return part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

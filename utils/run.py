@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,25 +185,27 @@ def section_keys(notebook: nbformat.NotebookNode) -> dict[str, str]:
     """Section -> a hash of its code cells, and of every file of the package that they or the opening import, directly or not."""
     code = code_by_section(notebook)
     opening = code[notebooks.OPENING]
-    return {
-        key: "-".join([digest(opening + cells), digest(map(module_code, imported(opening + cells)))])
-        for key, cells in code.items()
-    }
+    return {key: digest([*opening, *cells, *map(module_code, imported(opening + cells))]) for key, cells in code.items()}
 
 
-def digest(texts: Iterable[str]) -> str:
+def digest(texts: list[str]) -> str:
     """A short hash of several texts."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def imported(cells: list[str]) -> list[Path]:
     """The files of the package that code imports, directly or not, in order. Data files of the package belong to all."""
-    known, waiting = set(), ["\n".join(cells)]
+    known, waiting = set(), package_files("\n".join(cells))
     while waiting:
-        for file in package_files(waiting.pop()) - known:
-            known.add(file)
-            waiting.append(file.read_text(encoding="utf-8"))
+        known |= waiting
+        waiting = set().union(*map(imports_of, waiting)) - known
     return sorted(known | set((ROOT / "utils").rglob("*.csv")))
+
+
+@functools.cache
+def imports_of(file: Path) -> set[Path]:
+    """The files of the package that this one imports itself."""
+    return package_files(file.read_text(encoding="utf-8"))
 
 
 def package_files(source: str) -> set[Path]:

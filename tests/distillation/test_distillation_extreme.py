@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from small_task import task_of
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from utils.distillation import extreme, students
 from utils.distillation.outputs import LiveTeacher
 from utils.profiles import get
-from utils.tasks import Split, Task
 from utils.trials import Trial
 
 INPUTS = ("input_ids", "attention_mask")
@@ -19,16 +19,6 @@ def teacher():
     config = BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_labels=2,
                         initializer_range=0.2)  # fmt: skip
     return BertForSequenceClassification(config).eval()
-
-
-def task_of(batch: dict, name: str = "labelled") -> Task:
-    rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    split = Split(None, rows, batch["labels"])
-
-    class Tokenizer:
-        pad_token_id = 0
-
-    return Task(name, split, split, split, ["no", "yes"], Tokenizer(), name)
 
 
 def inputs(batch: dict) -> dict:
@@ -69,7 +59,7 @@ def test_stages_read_what_they_should(teacher, batch):
     live = LiveTeacher(teacher, (("cls", 1),))
     student = students.bilstm(teacher, 8, 6, 5)
     projection = extreme.Projection(12, 32)
-    transfer, labelled = task_of(batch, "transfer"), task_of(batch)
+    transfer, labelled = task_of(batch, "transfer"), task_of(batch, "labelled")
     first, second, third = extreme.xtreme_stages(live, 1, transfer, labelled, projection)
     assert [stage.task.name for stage in (first, second, third)] == ["transfer", "transfer", "labelled"]
     unlabelled = {**batch, "labels": torch.full((4,), -100)}
@@ -92,7 +82,7 @@ def test_layers_thaw_from_the_top_in_every_stage(make, teacher, batch):
         p.numel() for p in student.parameters()
     )
     projection = extreme.Projection(extreme.vector_size(student), 32)
-    transfer, labelled = task_of({**batch, "labels": torch.full((4,), -100)}, "transfer"), task_of(batch)
+    transfer, labelled = task_of({**batch, "labels": torch.full((4,), -100)}, "transfer"), task_of(batch, "labelled")
     read, stages = [], []
     for stage in extreme.xtreme_stages(live, 1, transfer, labelled, projection):
         noting = lambda model, batch, stage=stage: (read.append(int(batch["labels"].min())), stage.loss(model, batch))[1]  # noqa: E731
@@ -122,7 +112,7 @@ def test_the_top_of_a_bert_is_its_head_then_its_last_layer(teacher):
 
 @pytest.mark.method("K-28")
 def test_without_gradual_thawing_a_stage_is_one_phase(teacher, batch):
-    student, labelled = students.bilstm(teacher, 8, 6, 5), task_of(batch)
+    student, labelled = students.bilstm(teacher, 8, 6, 5), task_of(batch, "labelled")
     trial = Trial(student, labelled, get("smoke"))
     stage = extreme.xtreme_stages(LiveTeacher(teacher, (("cls", 1),)), 1, labelled, labelled, extreme.Projection(12, 32))[2]
     assert extreme.train_in_stages(trial, [stage], 2, gradual=False) == [sum(p.numel() for p in student.parameters())]
@@ -132,7 +122,7 @@ def test_without_gradual_thawing_a_stage_is_one_phase(teacher, batch):
 
 @pytest.mark.method("K-28")
 def test_the_projection_learns_with_the_student_and_frozen_layers_stay(teacher, batch):
-    student, transfer = students.bilstm(teacher, 8, 6, 5), task_of(batch)
+    student, transfer = students.bilstm(teacher, 8, 6, 5), task_of(batch, "labelled")
     trial, projection = Trial(student, transfer, get("smoke")), extreme.Projection(12, 32)
     stage = extreme.xtreme_stages(LiveTeacher(teacher, (("cls", 1),)), 1, transfer, transfer, projection)[0]
     before = [p.detach().clone() for p in (projection.dense.weight, student.lstm.weight_hh_l0, student.embeddings.weight)]

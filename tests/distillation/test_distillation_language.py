@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from small_task import task_of
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
@@ -11,7 +12,6 @@ from utils import training
 from utils.distillation import language, students
 from utils.distillation.language import IGNORED, LanguageHead, LanguageModel, Masking, TripleLoss, masked_loss, triple_loss
 from utils.profiles import get
-from utils.tasks import Split, Task
 from utils.trials import Trial
 
 MASKING = Masking(4, 100, (0, 1, 2, 3, 4))
@@ -30,16 +30,6 @@ def texts(batch):
     batch["input_ids"][:, 0] = 2
     batch["input_ids"][batch["input_ids"] == 4] = 5
     return batch
-
-
-def task_of(batch: dict) -> Task:
-    rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    split = Split(None, rows, batch["labels"])
-
-    class Tokenizer:
-        pad_token_id = 0
-
-    return Task("made up", split, split, split, ["no", "yes"], Tokenizer(), "key")
 
 
 # --- masking --------------------------------------------------------------------------------------------------------

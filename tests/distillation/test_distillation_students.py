@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from sklearn.decomposition import TruncatedSVD
+from small_task import task_of
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, MobileBertConfig, SqueezeBertConfig
 from transformers.models.mobilebert.modeling_mobilebert import MobileBertEmbeddings
@@ -17,7 +18,6 @@ from utils.distillation import mobile, students
 from utils.distillation.layers import layer_map
 from utils.distillation.outputs import LiveTeacher, needs
 from utils.profiles import get
-from utils.tasks import Split, Task
 from utils.trials import Trial
 
 INPUTS = ("input_ids", "attention_mask")
@@ -34,16 +34,6 @@ def teacher():
 
 def inputs(batch: dict) -> dict:
     return {name: batch[name] for name in INPUTS}
-
-
-def task_of(batch: dict) -> Task:
-    rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    split = Split(None, rows, batch["labels"])
-
-    class Tokenizer:
-        pad_token_id = 0
-
-    return Task("made up", split, split, split, ["no", "yes"], Tokenizer(), "key")
 
 
 # --- parts: the contract --------------------------------------------------------------------------------------------

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from small_task import task_of
 from transformers import BertConfig, BertForSequenceClassification
 
 from utils import bert
 from utils.distillation import students
 from utils.distillation.theseus import Theseus, constant_rate, linear_rate, modules_of
 from utils.profiles import get
-from utils.tasks import Split, Task
 from utils.training import cross_entropy
 from utils.trials import Trial
 
@@ -28,16 +28,6 @@ def successor(predecessor):
 def logits(model, batch):
     with torch.no_grad():
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-
-
-def task_of(batch: dict) -> Task:
-    rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    split = Split(None, rows, batch["labels"])
-
-    class Tokenizer:
-        pad_token_id = 0
-
-    return Task("made up", split, split, split, ["no", "yes"], Tokenizer(), "key")
 
 
 @pytest.mark.method("K-31")

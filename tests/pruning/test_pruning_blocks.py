@@ -27,14 +27,6 @@ def model():
     return BertForSequenceClassification(config).eval()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_batch() -> dict:
     generator = torch.Generator().manual_seed(1)
     mask = (torch.arange(8) < torch.tensor([8, 5, 3, 6])[:, None]).long()

@@ -9,66 +9,17 @@ import numpy as np
 import pytest
 import torch
 from scipy import optimize
+from small_pruning import HIDDEN, LAYERS, NEURONS, close, make_batch, one_sentence, tiny
 from torch import nn
 from torch.nn.utils import prune
-from transformers import BertConfig, BertForSequenceClassification
 
 from utils import structure
 from utils.pruning import neurons
-
-LAYERS, HIDDEN, NEURONS = 4, 32, 64
-SEP, PAD = 3, 0
-
-
-def tiny(**changes) -> BertForSequenceClassification:
-    """A random BERT with 4 layers, 4 heads, and biases that are not zero."""
-    config = BertConfig(
-        vocab_size=100, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=NEURONS,
-        num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0,
-    )  # fmt: skip
-    config.update(changes)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = BertForSequenceClassification(config).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "LayerNorm" not in name:
-                    parameter.normal_(0, 0.2)
-    return model
-
-
-def make_batch(size: int = 3, length: int = 7, seed: int = 0) -> dict:
-    """Random sentences; each ends in [SEP], later ones are shorter and padded."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(4, 100, (size, length), generator=generator)
-    mask = torch.ones_like(ids)
-    for row in range(size):
-        end = length - row
-        ids[row, end - 1], ids[row, end:], mask[row, end:] = SEP, PAD, 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.randint(0, 2, (size,), generator=generator)}
-
-
-def one_sentence(batch: dict, row: int) -> dict:
-    """One sentence of a batch without its padding."""
-    length = int(batch["attention_mask"][row].sum())
-    return {name: batch[name][row : row + 1, :length] for name in ("input_ids", "attention_mask")}
 
 
 def logits(model: nn.Module, batch: dict) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- P-12 scores -----------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+from small_task import task_of
 from torch import nn
 
-from utils import artifacts, bert, contract, costs, parts, profiles, structure, tasks, training
+from utils import artifacts, bert, contract, costs, parts, profiles, structure, training
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -107,16 +108,6 @@ def test_padding_reaches_a_registered_attention(tiny, batch):
     short = {name: batch[name][2:3, :5] for name in ("input_ids", "attention_mask")}
     padded = {name: batch[name][2:3] for name in ("input_ids", "attention_mask")}
     torch.testing.assert_close(tiny(**padded).logits, tiny(**short).logits)
-
-
-def task_of(batch: dict) -> tasks.Task:
-    rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    split = tasks.Split(None, rows, batch["labels"])
-
-    class Tokenizer:
-        pad_token_id = 0
-
-    return tasks.Task("made up", split, split, split, ["no", "yes"], Tokenizer(), "key")
 
 
 @pytest.mark.parametrize("change", [student, linear], ids=lambda change: change.__name__)

@@ -126,15 +126,7 @@ def _watched(model: nn.Module, source: Need, seen: dict) -> contextlib.AbstractC
         seen[source] = output if kind == "hidden" else output.unflatten(-1, (heads, -1)).transpose(1, 2)
         return None
 
-    return contextlib.closing(_Handle(module.register_forward_hook(note)))
-
-
-@dataclass
-class _Handle:
-    handle: torch.utils.hooks.RemovableHandle
-
-    def close(self) -> None:
-        self.handle.remove()
+    return module.register_forward_hook(note)  # a context that removes the hook
 
 
 def _read(seen: dict[Need, torch.Tensor], need: Need) -> torch.Tensor:

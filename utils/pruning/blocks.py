@@ -21,11 +21,10 @@ from utils.pruning.iterative import (
     removed_first,
     spread,
 )
-from utils.pruning.masks import Masks, Scores, check_sparsity, hold_masks, masks_from_scores
+from utils.pruning.masks import Masks, Score, check_sparsity, hold_masks, masks_from_scores
 from utils.training import AfterStep, Loss, cross_entropy
 
 Block = tuple[int, int]
-Score = Callable[[nn.Module], Scores]
 
 
 @dataclass(frozen=True)

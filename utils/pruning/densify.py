@@ -9,11 +9,10 @@ from utils.bert import ENCODER, dense_weight, linear_matrices
 from utils.pruning.hessian import output_gradients
 from utils.pruning.iterative import percentile
 from utils.pruning.magnitude import magnitude_masks
-from utils.pruning.masks import Masks, Scores, check_sparsity, held_masks, hold_masks, lowest, release_masks
+from utils.pruning.masks import Masks, Score, Scores, check_sparsity, held_masks, hold_masks, lowest, release_masks
 from utils.training import AfterStep, check_batches
 
 Train = Callable[[nn.Module], None]
-Score = Callable[[nn.Module], Scores]
 
 
 def dense_sparse_dense(

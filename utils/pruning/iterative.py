@@ -13,6 +13,7 @@ from torch import nn
 
 from utils.bert import ENCODER, dense_weight, matrices
 from utils.pruning.masks import (
+    Score,
     Scores,
     apply_masks,
     check_sparsity,
@@ -23,8 +24,6 @@ from utils.pruning.masks import (
     sparsity_of,
 )
 from utils.training import AfterStep
-
-Score = Callable[[nn.Module], Scores]
 
 
 def magnitudes(model: nn.Module, groups: tuple[str, ...] = ENCODER) -> Scores:

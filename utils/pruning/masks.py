@@ -4,6 +4,8 @@ A mask can be burnt in once (`apply_masks`), or held while the model trains (`ho
 weight: the forward pass sees weight * mask, so a pruned weight gets no gradient, and the dense weight stays underneath.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from torch.nn.utils import parametrize
 
 Masks = dict[str, torch.Tensor]
 Scores = dict[str, torch.Tensor]
+Score = Callable[[nn.Module], Scores]  # what decides which weights go
 
 
 def check_sparsity(sparsity: float) -> None:
