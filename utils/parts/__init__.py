@@ -1,0 +1,47 @@
+"""Parts: modules that stand in for a piece of a BERT, and attentions that stand in for the dense one.
+
+A part answers two questions that the rest of the suite would otherwise answer by looking at its class: from which `options`
+it can be built again, and how many multiply-adds it takes (`macs`). Files name a part by its `kind` in the closed table
+`PARTS`, and an attention by its name in `attention.ATTENTIONS`, so that no file can name code. At the path "" a part is a whole
+student; then it also has a `config` (with `vocab_size` and `num_labels`) and calls its embedding block `embeddings`.
+"""
+
+import torch
+from torch import nn
+
+from utils import CompanionError
+from utils.parts.attention import ATTENTIONS, DENSE, STOCK, attention_macs, linear_attention, register_dense
+from utils.parts.linear import GroupedLinear, LowRankLinear
+from utils.parts.mobile import MobileBertLayer, TrigramEmbeddings
+from utils.parts.part import Part
+from utils.parts.students import BiLSTM, SpelledBert, TextCNN
+
+__all__ = [
+    "ATTENTIONS",
+    "DENSE",
+    "PARTS",
+    "STOCK",
+    "Part",
+    "attention_macs",
+    "build",
+    "find",
+    "linear_attention",
+    "register_dense",
+]
+
+PARTS: dict[str, type[Part]] = {
+    part.kind: part for part in (LowRankLinear, GroupedLinear, MobileBertLayer, TrigramEmbeddings, BiLSTM, TextCNN, SpelledBert)
+}
+
+
+def build(kind: str, options: dict) -> Part:
+    """A part of that kind with fresh weights; the global random numbers stay as they are. CompanionError for an unknown kind."""
+    if kind not in PARTS:
+        raise CompanionError(f"unknown part {kind!r}: this version knows {', '.join(PARTS)}")
+    with torch.random.fork_rng(devices=[]):
+        return PARTS[kind](**options)
+
+
+def find(model: nn.Module) -> dict[str, Part]:
+    """All parts of a model by path, outer ones first."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Part)}

@@ -1,0 +1,66 @@
+"""Attentions without parameters of their own, by name, and what their core costs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention without parameters of its own. `macs(length, num_heads, head_size)` counts its core for one sequence."""
+
+    forward: Callable
+    macs: Callable[[int, int, int], int]
+
+
+def padding_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+    """transformers builds masks by attention name; without this one a registered attention would see no padding at all."""
+    return attention_mask
+
+
+def linear_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """Attention in linear time: phi(Q) (phi(K)^T V) over phi(Q) sum(phi(K)), with phi(x) = elu(x) + 1.
+
+    `query`, `key`, `value` (batch, heads, length, head size), `attention_mask` (batch, length); returns (batch, length, heads,
+    head size). No length x length tensor is formed. Katharopoulos et al. 2020 (arXiv 2006.16236).
+    """
+    q, k = nn.functional.elu(query) + 1, nn.functional.elu(key) + 1
+    if attention_mask is not None:
+        k = k * attention_mask[:, None, :, None].to(k.dtype)
+    summary = k.transpose(-1, -2) @ value  # (batch, heads, head size, head size)
+    weight = q @ k.sum(-2).unsqueeze(-1)  # (batch, heads, length, 1)
+    return ((q @ summary) / weight.clamp(min=1e-6)).transpose(1, 2), None
+
+
+ATTENTIONS: dict[str, Attention] = {
+    "linear": Attention(
+        linear_attention, lambda length, num_heads, head_size: num_heads * length * head_size * (2 * head_size + 1)
+    ),
+}
+for _name, _attention in ATTENTIONS.items():
+    AttentionInterface.register(_name, _attention.forward)
+    AttentionMaskInterface.register(_name, padding_mask)
+STOCK = ("eager", "sdpa")
+DENSE = set(STOCK)  # attentions that form every product of length x length, and so cost what the dense one costs
+
+
+def register_dense(name: str, forward: Callable) -> None:
+    """Register an attention that computes the dense products in other numbers, for use in a context: no file can name it."""
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, eager_mask)
+    DENSE.add(name)
+
+
+def attention_macs(name: str | None, length: int, num_heads: int, head_size: int) -> int:
+    """Multiply-adds of an attention core for one sequence. Raises ValueError for an attention that nobody counted."""
+    if name in DENSE:
+        return 2 * length * length * num_heads * head_size  # scores, and sums weighted by them
+    if name not in ATTENTIONS:
+        raise ValueError(f"no closed form for the attention {name!r}: give it one in utils.parts.ATTENTIONS")
+    return ATTENTIONS[name].macs(length, num_heads, head_size)
