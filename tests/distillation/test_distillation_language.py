@@ -8,9 +8,10 @@ from small_task import task_of
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from utils import training
-from utils.distillation import language, students
-from utils.distillation.language import IGNORED, LanguageHead, LanguageModel, Masking, TripleLoss, masked_loss, triple_loss
+from utils import language, training
+from utils.distillation import students
+from utils.distillation.language import TripleLoss, cosine_loss, pretrain, triple_loss
+from utils.language import IGNORED, LanguageHead, LanguageModel, Masking, masked_loss
 from utils.profiles import get
 from utils.trials import Trial
 
@@ -132,7 +133,7 @@ def test_pretraining_teaches_the_trials_own_encoder_and_is_on_its_account(teache
     trial, before = Trial(teacher, task_of(texts), get("smoke")), {n: p.detach().clone() for n, p in teacher.named_parameters()}
     masking, split = Masking(4, 100, (0, 1, 2, 3, 4), share=0.4), task_of(texts).train
     start = language.perplexity(LanguageModel(teacher.bert), split, masking)
-    model = language.pretrain(trial, task_of(texts), masking, 60, learning_rate=5e-3)
+    model = pretrain(trial, task_of(texts), masking, 60, learning_rate=5e-3)
     assert model.bert is trial.model.bert and trial.model is teacher and trial.task.train is not None
     assert (trial.steps, len(trial.losses)) == (60, 60) and trial.seconds > 0
     moved = {name for name, p in teacher.named_parameters() if not torch.equal(p, before[name])}
@@ -194,7 +195,7 @@ def test_between_equals_only_the_labels_cost_and_the_teacher_gets_no_gradient(te
 @pytest.mark.method("K-21")
 def test_triple_loss_refuses_other_widths_and_weights():
     with pytest.raises(ValueError, match="one width"):
-        language.cosine_loss(torch.randn(3, 8), torch.randn(3, 6))
+        cosine_loss(torch.randn(3, 8), torch.randn(3, 6))
     with pytest.raises(ValueError, match="temperature"):
         TripleLoss(temperature=0.0)
     with pytest.raises(ValueError, match="weight"):

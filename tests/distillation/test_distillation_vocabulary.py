@@ -12,8 +12,8 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from utils import bert, profiles, tasks
 from utils.distillation import students, vocabulary
-from utils.distillation.language import IGNORED, LanguageModel, Masking, language_loss
 from utils.distillation.vocabulary import SPECIAL, DualModel, DualTraining, MixedTeacher, Mixer, SharedProjections
+from utils.language import IGNORED, LanguageModel, Masking, language_loss
 from utils.profiles import get
 from utils.tasks import Split, Task
 from utils.trials import Trial

@@ -25,8 +25,8 @@ from torch.nn.functional import linear, mse_loss
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertModel
 
-from utils.distillation.language import IGNORED, LanguageModel, Masking, masked_loss
 from utils.distillation.students import principal_directions, starting_layers
+from utils.language import IGNORED, LanguageModel, Masking, masked_loss
 from utils.parts import SpelledBert
 from utils.training import Loss
 
