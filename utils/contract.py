@@ -1,7 +1,8 @@
 """The contract of every artifact: a fresh process that imports only `utils.artifacts` gets the same model back.
 
 Beside a kept artifact lies what its model was (`write`); `broken` loads the file and says in which promise it fails: same logits,
-same classes at the same places, same ties, same bytes when saved again, and multiply-adds that closed form and counter agree on (of an adaptive part: that the counter does not exceed).
+same classes at the same places, same ties, same bytes when saved again, and multiply-adds that closed form and counter agree on
+(the counter may find fewer of a part that decides itself how long it works).
 """
 
 import json
