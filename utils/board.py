@@ -204,9 +204,15 @@ class Board:
         """Validation accuracy in percent."""
         return percent_right(self.logits(result), self.task.validation.labels)
 
-    def points(self, first: Trial | nn.Module | torch.Tensor, second: Trial | nn.Module | torch.Tensor) -> metrics.Estimate:
-        """Accuracy of the first minus that of the second, in percentage points, paired over the validation examples."""
-        found = metrics.paired_difference(self.logits(first), self.logits(second), self.task.validation.labels)
+    def points(
+        self, first: Trial | nn.Module | torch.Tensor, second: Trial | nn.Module | torch.Tensor, labels: torch.Tensor | None = None
+    ) -> metrics.Estimate:
+        """Accuracy of the first minus that of the second, in percentage points, paired over the validation examples.
+
+        Logits of other sentences come with the `labels` of those (examples,).
+        """
+        labels = self.task.validation.labels if labels is None else labels
+        found = metrics.paired_difference(self.logits(first), self.logits(second), labels)
         return metrics.Estimate(100 * found.value, 100 * found.low, 100 * found.high, found.n)
 
     @property

@@ -37,11 +37,18 @@ class Evidence:
             return "inconclusive"
         return "supported" if low > 0 else "contradicted" if high < 0 else "inconclusive"
 
-    def report(self) -> str:
-        """Effect, interval and expectation; a measured effect also says how small a difference its interval can show."""
+    def measured(self) -> str:
+        """The effect with its interval and the smallest difference that this can show; without one where it is exact or was seen once."""
         visible = (self.effect.high - self.effect.low) / 2
-        power = f", shows differences from {visible:.2g}" if math.isfinite(visible) and visible > 0 else ""
-        text = f"{self.what}: {self.effect} (n = {self.effect.n}{power}); expected {self.expected} {self.threshold:g}: {self.verdict()}"
+        if visible == 0:
+            return f"{self.effect.value:.4g} (exact)"
+        if not math.isfinite(visible):
+            return f"{self.effect.value:.4g} (n = {self.effect.n}: no interval)"
+        return f"{self.effect} (n = {self.effect.n}, shows differences from {visible:.2g})"
+
+    def report(self) -> str:
+        """Effect, interval, expectation and verdict in lines of at most 110 columns."""
+        text = f"{self.what}: {self.measured()}; expected {self.expected} {self.threshold:g}: {self.verdict()}"
         return "\n      ".join(textwrap.wrap(text, 110))
 
 

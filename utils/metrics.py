@@ -41,9 +41,9 @@ def paired_difference(first: torch.Tensor, second: torch.Tensor, labels: torch.T
     first_right, second_right = first.argmax(-1) == labels, second.argmax(-1) == labels
     only_first, only_second = int((first_right & ~second_right).sum()), int((second_right & ~first_right).sum())
     n = len(labels)
-    p, q = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
-    half = Z * np.sqrt((p + q - (p - q) ** 2) / (n + 2))
-    return Estimate((only_first - only_second) / n, max(-1.0, p - q - half), min(1.0, p - q + half), n)
+    won, lost = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
+    half = Z * np.sqrt((won + lost - (won - lost) ** 2) / (n + 2))
+    return Estimate((only_first - only_second) / n, max(-1.0, won - lost - half), min(1.0, won - lost + half), n)
 
 
 def mean_difference(differences: Sequence[float] | np.ndarray) -> Estimate:
