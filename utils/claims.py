@@ -94,10 +94,10 @@ class Claim:
     def report(self) -> str:
         """The verdict with every effect, its interval and the smallest difference that it could have shown, a line each."""
         where = f" · on {self.machine}" if self.machine else ""
-        lines = [f"{self.id} · {self.verdict.upper()}{where} · unit: {self.unit}", *textwrap.wrap(f"“{self.statement}”", 110),
-                 f"({self.source})"]  # fmt: skip
+        as_tested = f"(as tested here, which departs from the source: {self.departs})"
+        lines = [f"{self.id} · {self.verdict.upper()}{where} · unit: {self.unit}", *(textwrap.wrap(as_tested, 110) if self.departs else []),
+                 *textwrap.wrap(f"“{self.statement}”", 110), f"({self.source})"]  # fmt: skip
         lines += textwrap.wrap(f"what the evidence varies: {self.depends_on}", 110) if self.depends_on else []
-        lines += textwrap.wrap(f"not as the source has it: {self.departs}", 110) if self.departs else []
         lines += [FEW_SEEDS] if self.unit == "seed" and few_seeds(self.evidence) else []
         return "\n".join([*lines, *(f"  - {item.report()}" for item in self.evidence)])
 
@@ -117,9 +117,10 @@ def judge(
     """Weigh the evidence: all supported makes `supported`, any contradicted makes `contradicted`, else `inconclusive`.
 
     Where the evidence varies a condition (`depends_on`), one supported and one contradicted piece make `depends`. Where the test
-    departs from what the source speaks of (`departs`), whatever is not supported is `not tested as stated`. In the `smoke` profile
-    nothing is judged, and neither is a claim over fewer than three seeds. Raises ValueError for an unknown unit or a claim without
-    evidence. The `machine` is kept where the unit is the round of a timing.
+    departs from what the source speaks of (`departs`), whatever is not supported is `not tested as stated`, and what is supported is so
+    as tested here: the report says it right under the verdict. In the `smoke` profile nothing is judged, and neither is a claim over
+    fewer than three seeds. Raises ValueError for an unknown unit or a claim without evidence. The `machine` is kept where the unit is
+    the round of a timing.
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")

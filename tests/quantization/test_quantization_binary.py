@@ -113,6 +113,7 @@ def test_binary_connect_bounds(weight):
     assert binary.weight_bound(weight, "glorot") == pytest.approx(math.sqrt(1.5 / 64))
     assert binary.weight_bound(weight, "mean") == pytest.approx(weight.abs().mean().item())
     assert binary.weight_bound(weight, "max") == pytest.approx(weight.abs().max().item())
+    assert binary.weight_bound(weight, "rms") == pytest.approx(2 * np.sqrt(np.mean(np.square(weight.numpy()))))
     for H in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="positive"):
             binary.BinaryConnect(H)
@@ -132,7 +133,7 @@ def test_deterministic_binary_connect_is_h_times_the_sign(weight):
 @pytest.mark.method("Q-02b")
 def test_the_mean_of_stochastic_binary_connect_is_the_clipped_weight(weight):
     H = 0.06
-    quantizer = binary.BinaryConnect(H, stochastic=True)
+    quantizer = binary.BinaryConnect(H, stochastic=True).train()
     draws = torch.stack([quantizer.quantize(weight) for _ in range(4000)])
     assert torch.equal(draws.unique(), torch.tensor([-H, H]))
     assert (draws.mean(0) - weight.clamp(-H, H)).abs().max() < 5 * H / math.sqrt(4000)

@@ -465,3 +465,17 @@ def test_files_hold_the_measured_model(tiny, batch, tmp_path):
     with torch.no_grad():
         after = artifacts.load(tmp_path / "model")(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+
+
+@pytest.mark.method("Q-20")
+@pytest.mark.parametrize("seed", range(20))
+def test_the_third_start_is_far_from_both_others(seed):
+    apart = torch.cat([center + 0.01 * torch.rand(300) for center in (0.0, 50.0, 100.0)]).sort().values
+    assert [round(c / 50) for c in codebook.plus_plus_init(apart, 3, seed).tolist()] == [0, 1, 2]
+
+
+@pytest.mark.method("Q-21")
+def test_trained_centroids_start_evenly_spaced_as_in_the_paper():
+    w = torch.randn(30, 40)
+    at_start = TrainedKMeans(w, 3, iterations=0).centroids
+    torch.testing.assert_close(at_start.detach(), torch.linspace(w.min().item(), w.max().item(), 8))

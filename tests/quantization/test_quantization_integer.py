@@ -256,3 +256,11 @@ def test_padding_repeats_shapes_and_changes_no_logits(tiny, given, columns, expe
         padded = integer.in_few_shapes(run, longest=20, rows=4, length=8)(ids, mask)
         torch.testing.assert_close(padded, run(ids, mask), atol=1e-5, rtol=1e-4)
     assert set(shapes[:-1]) == {expected}
+
+
+@pytest.mark.method("Q-16")
+@pytest.mark.parametrize(("found", "saturates"), [
+    ({"avx2": True}, True), ({"avx2": True, "avx512_vnni": True}, False), ({"avx2": True, "avx_vnni": True}, False),
+    ({"avx2": True, "amx_int8": True}, False), ({"sve": True}, False), ({}, False)])  # fmt: skip
+def test_weights_take_seven_bits_where_sums_of_products_could_overflow(found, saturates):
+    assert integer.sums_saturate(found) is saturates

@@ -99,7 +99,7 @@ def test_deterministic_ternary_connect_rounds_at_one_half():
 @pytest.mark.method("Q-09b", "Q-10")
 def test_the_mean_of_bernoulli_ternary_is_the_clipped_weight(weight):
     H = 0.08
-    quantizer = ternary.TernaryConnect(H, stochastic=True)
+    quantizer = ternary.TernaryConnect(H, stochastic=True).train()
     draws = torch.stack([quantizer.quantize(weight) for _ in range(4000)])
     assert torch.equal(draws.unique(), torch.tensor([-H, 0, H]))
     assert (draws.mean(0) - weight.clamp(-H, H)).abs().max() < 5 * 0.5 * H / math.sqrt(4000)

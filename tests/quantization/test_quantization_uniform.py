@@ -474,3 +474,20 @@ def test_all_matmuls_are_quantized_and_training_keeps_them_so(tiny, batch):
         loss.backward()
     assert cross_entropy(tiny, batch) != inside
     assert tiny.bert.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.method("Q-16")
+def test_the_percentile_is_one_in_a_thousand_and_a_group_has_64_columns():
+    x = torch.randperm(10_000).float() + 1
+    assert uniform.percentile_range(x.view(1, -1), 8, True)[1].item() == 9990
+    for quantizer in (uniform.UniformQuantizer(4, granularity="group"), uniform.EvenQuantizer(4, "group")):
+        assert quantizer.encode(torch.randn(3, 192)).parts["scale"].shape == (3, 3)
+
+
+@pytest.mark.method("Q-16", "Q-17")
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+def test_the_codes_of_a_bfloat16_activation_are_found_in_float32(granularity):
+    x = torch.randn(4, 500).bfloat16()
+    found = ActivationQuantizer(8, granularity=granularity)(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, ActivationQuantizer(8, granularity=granularity)(x.float()).bfloat16())

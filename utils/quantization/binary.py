@@ -143,6 +143,7 @@ class ConnectQuantizer(ScaledQuantizer):
         if at_test not in AT_TEST:
             raise ValueError(f"at_test must be one of {', '.join(AT_TEST)}, got {at_test!r}")
         self.H, self.stochastic, self.at_test = H, stochastic, at_test
+        self.eval()  # until a training loop says otherwise: what is measured and what is stored must be one network
 
     def split(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The codes of the deterministic rule, and alpha = H."""

@@ -7,13 +7,19 @@ biases, LayerNorm and classifier. The control that tells holds the latent weight
 import textwrap
 from collections.abc import Callable
 
+import torch
+from torch import nn
+
+from utils.baseline import Phase, dense_control
 from utils.bert import Matrix
 from utils.board import Acted, Board
+from utils.quantization.binary import latent_weights
 from utils.quantization.quantizer import Quantizer
 from utils.results import COLUMNS
 from utils.trials import Trial
 
 CHANGED, FIRST, LAST = "codes changed (%)", "first training loss", "last training loss"
+ONE_TRAINING = "\n    (One training each: another seed may differ.)"
 LEAST = 0.5  # per cent of the codes: at a rate that leaves the dense model unharmed fewer change, and nothing is tried
 
 
@@ -29,6 +35,17 @@ def frozen(make: Callable[[Matrix], Quantizer]) -> Callable[[Matrix], Quantizer]
         return make(matrix)
 
     return held
+
+
+def held_latents(model: nn.Module, learning_rate: float) -> list[dict]:
+    """Optimiser groups that hold the weights under quantizers at rate 0: they stand still, and Adam goes on following their gradients.
+
+    What `frozen` cannot be for a method that reads Adam's curvature: a weight without gradient has none.
+    """
+    held = [latent for latent, _ in latent_weights(model, Quantizer)]
+    taken = {id(latent) for latent in held}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    return [{"params": held, "lr": 0.0}, {"params": others, "lr": learning_rate}]
 
 
 def moved(trial: Trial, changed: float, at_least: float | None = LEAST, at_most: float | None = None) -> dict[str, Acted]:
@@ -51,7 +68,26 @@ def reading(board: Board, label: str, control: str | None = None) -> str:
             f"{row.effect[LAST]:.2f}. Against {against['control']}: {100 * against['difference']:+.1f} points "
             f"[{100 * low:+.1f}, {100 * high:+.1f}].")  # fmt: skip
     told = [textwrap.fill(text, COLUMNS)]
-    return "\n".join(told if control is None else [*told, board.compare(label, control)])
+    return "\n".join(told if control is None else [*told, board.compare(label, control) + ONE_TRAINING])
+
+
+def dense_after(board: Board, steps: int, learning_rate: float, seed: int | None = None) -> torch.Tensor:
+    """Validation logits of the dense model after such a training on labels; trained once, then from the cache of controls."""
+    phase = Phase(steps, learning_rate, False, board.seed if seed is None else seed)
+    return dense_control(board.baseline, (phase,), board.task, board.profile)
+
+
+def rate_costs(board: Board) -> str:
+    """What the recovery budget does to the dense model at the rate of few bits and at the common one, a sentence for each."""
+    told = []
+    for rate in dict.fromkeys((board.profile.few_bits_learning_rate, board.profile.recovery_learning_rate)):
+        found = board.points(dense_after(board, board.steps, rate), board.baseline.logits)
+        low, high = found.low, found.high
+        verdict = "worse than" if high < 0 else "better than" if low > 0 else "not told apart from"
+        text = (f"The dense model after {board.steps} steps at {rate:g}: {found.value:+.1f} points [{low:+.1f}, {high:+.1f}] against "
+                f"the baseline, {verdict} it.")  # fmt: skip
+        told.append(textwrap.fill(text, COLUMNS))
+    return "\n".join(told)
 
 
 def guessing(board: Board, label: str) -> str:

@@ -211,11 +211,22 @@ def export_onnx(model: nn.Module, path: Path) -> None:
 def quantize_onnx(source: Path, path: Path, per_channel: bool = False) -> None:
     """Dynamic int8: weights, embeddings included, are stored in 8 bits, and activations are quantized as they come.
 
-    A weight has one scale, or with `per_channel` one per output; an activation tensor has one scale either way.
+    A weight has one scale, or with `per_channel` one per output; an activation tensor has one scale either way. Where sums of products
+    could overflow (`sums_saturate`), weights take 7 of the 8 bits, as ONNX Runtime advises.
     """
     onnx, quantization = optional("onnx"), optional("onnxruntime.quantization")
     with _quiet():
-        quantization.quantize_dynamic(onnx.load(source), path, per_channel=per_channel)
+        quantization.quantize_dynamic(onnx.load(source), path, per_channel=per_channel, reduce_range=sums_saturate())
+
+
+def sums_saturate(capabilities: dict | None = None) -> bool:
+    """Whether this processor adds two products of 8-bit codes in 16 bits: x86 with AVX2 and without VNNI or AMX. The sum may not fit.
+
+    `capabilities` are those that torch finds.
+    """
+    found = torch.cpu.get_capabilities() if capabilities is None else capabilities
+    exact = any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return bool(found.get("avx2")) and not exact
 
 
 def onnx_operators(path: Path) -> list[str]:
