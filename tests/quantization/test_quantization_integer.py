@@ -264,3 +264,31 @@ def test_padding_repeats_shapes_and_changes_no_logits(tiny, given, columns, expe
     ({"avx2": True, "amx_int8": True}, False), ({"sve": True}, False), ({}, False)])  # fmt: skip
 def test_weights_take_seven_bits_where_sums_of_products_could_overflow(found, saturates):
     assert integer.sums_saturate(found) is saturates
+
+
+class FakeNode:
+    """A node of a graph: its kind and what enters it; counts how often it is looked at."""
+
+    looks = 0
+
+    def __init__(self, kind, *inputs):
+        self.kind, self.inputs = kind, inputs
+
+    def get_type_name(self):
+        FakeNode.looks += 1
+        return self.kind
+
+    def input_values(self):
+        return [type("Value", (), {"get_node": lambda value, node=node: node})() for node in self.inputs]
+
+
+@pytest.mark.method("Q-16")
+def test_constants_are_looked_for_nearby_and_not_along_every_path_through_the_layers():
+    table, scale = FakeNode("Constant"), FakeNode("Constant")
+    assert integer.constants_above(FakeNode("Multiply", FakeNode("Convert", table), scale)) == [table, scale]
+    state = FakeNode("Parameter")
+    assert integer.constants_above(FakeNode("Gather", state, table)) == []
+    for _ in range(60):  # layers with a residual: twice as many paths with each
+        state = FakeNode("Add", state, state)
+    FakeNode.looks = 0
+    assert integer.constants_above(state) == [] and FakeNode.looks < 1000

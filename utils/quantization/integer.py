@@ -11,7 +11,6 @@ that names it.
 import contextlib
 import importlib
 import io
-import itertools
 import logging
 import math
 import os
@@ -333,12 +332,20 @@ def openvino_embedding_bytes(model: object) -> int:
     return sum(node.get_byte_size() for node in constants.values() if len(node.get_output_shape(0)) == 2)
 
 
-def constants_above(node: object) -> list:
-    """The constants that a node of an OpenVINO graph is computed from; none where anything but constants enters."""
+def constants_above(node: object, steps: int = 8) -> list:
+    """The constants that a node of an OpenVINO graph is computed from in a few `steps` (conversions, zero points, scales).
+
+    None where anything else enters. Whoever follows more steps walks through the layers, where paths double with every residual.
+    """
     if node.get_type_name() == "Constant":
         return [node]
-    above = [constants_above(value.get_node()) for value in node.input_values()]
-    return list(itertools.chain(*above)) if all(above) else []
+    above = []
+    for value in node.input_values() if steps else ():
+        found = constants_above(value.get_node(), steps - 1)
+        if not found:
+            return []
+        above += found
+    return above
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
