@@ -205,7 +205,10 @@ class Board:
         return percent_right(self.logits(result), self.task.validation.labels)
 
     def points(
-        self, first: Trial | nn.Module | torch.Tensor, second: Trial | nn.Module | torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        first: Trial | nn.Module | torch.Tensor,
+        second: Trial | nn.Module | torch.Tensor,
+        labels: torch.Tensor | None = None,
     ) -> metrics.Estimate:
         """Accuracy of the first minus that of the second, in percentage points, paired over the validation examples.
 

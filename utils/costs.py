@@ -8,6 +8,7 @@ a linear layer, an attention core, or free. One multiply-add is two FLOPs.
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import re
 import threading
@@ -26,6 +27,7 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 from utils import bert
 from utils.metrics import Estimate, median_interval
 from utils.parts import Part, attention_macs
+from utils.parts.shared import fft_macs
 from utils.training import steady_memory
 
 LATENCY_BATCHES = (1, 32)
@@ -113,13 +115,15 @@ def structure(model: nn.Module) -> str:
 
 
 def measured_macs(model: nn.Module, length: int, batch: int = 1) -> int:
-    """Multiply-adds as PyTorch's counter sees them, with the two CPU kernels put back in that it forgets: attention and LSTM."""
+    """Multiply-adds as PyTorch's counter sees them, with the kernels put back in that it forgets: attention and LSTM on a CPU,
+    and Fourier transforms."""
     device = next(model.parameters()).device
 
     def attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
         return sdpa_flop_count(query, key, value)
 
-    forgotten = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+    transforms = dict.fromkeys((torch.ops.aten._fft_r2c, torch.ops.aten._fft_c2c, torch.ops.aten._fft_c2r), transform_flops)
+    forgotten = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops, **transforms}
     counter = FlopCounterMode(display=False, custom_mapping=forgotten)
     # oneDNN's LSTM is one opaque kernel; without it the same layer is a loop of matrix products that can be counted.
     with warnings.catch_warnings():
@@ -127,6 +131,13 @@ def measured_macs(model: nn.Module, length: int, batch: int = 1) -> int:
         with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=False), counter:
             model(**example_inputs(model, batch, length, device))
     return counter.get_total_flops() // 2
+
+
+def transform_flops(shape: tuple, dims: list[int], *args, out_shape: tuple, **kwargs) -> int:
+    """FLOPs of Fourier transforms along `dims`, as `fft_macs` counts them; half of them where one side is real."""
+    full = max(shape, out_shape, key=math.prod)  # the spectrum of real numbers is stored by half
+    points = math.prod(full[dim] for dim in dims)
+    return 2 * (math.prod(full) // points) * fft_macs(points, real=tuple(shape) != tuple(out_shape))
 
 
 def example_inputs(model: nn.Module, batch: int, length: int, device: torch.device | str = "cpu") -> dict:

@@ -86,7 +86,7 @@ def test_layers_thaw_from_the_top_in_every_stage(make, teacher, batch):
     read, stages = [], []
     for stage in extreme.xtreme_stages(live, 1, transfer, labelled, projection):
         noting = lambda model, batch, stage=stage: (read.append(int(batch["labels"].min())), stage.loss(model, batch))[1]  # noqa: E731
-        stages.append(extreme.Stage(noting, stage.task, stage.modules))
+        stages.append(extreme.Stage(noting, stage.task, stage.modules, stage.reaches_head))
     trial, seen = Trial(student, labelled, get("smoke")), []
 
     def watch(step, model, optimizer):
@@ -95,10 +95,17 @@ def test_layers_thaw_from_the_top_in_every_stage(make, teacher, batch):
     learned = extreme.train_in_stages(trial, stages, len(groups) + 1, learning_rate=1e-3, after_step=watch)
     sizes = [sum(p.numel() for m in group for p in m.parameters()) for group in groups]
     cumulative = [sum(sizes[: phase + 1]) for phase in range(len(groups))]
-    assert learned == cumulative * 3
+    below = [total - sizes[0] for total in cumulative[1:]]  # the first loss is that of the sentence vector: the head stays frozen
+    assert learned == below + cumulative * 2
     assert trial.steps == len(seen) == 3 * (len(groups) + 1)
     stage = [[position <= phase for position in range(len(groups))] for phase in range(len(groups))]
-    assert seen == [*stage, stage[-1]] * 3  # the last phase has the step that is left over
+    first = [[position and position <= phase for position in range(len(groups))] for phase in range(1, len(groups))]
+    steps = len(groups) + 1
+    shares = [steps * (k + 1) // len(first) - steps * k // len(first) for k in range(len(first))]
+    assert seen[:steps] == [
+        [bool(one) for one in phase] for phase, times in zip(first, shares, strict=True) for _ in range(times)
+    ]
+    assert seen[steps:] == [*stage, stage[-1]] * 2  # the last phase has the step that is left over
     assert read == [-100] * 2 * (len(groups) + 1) + [0] * (len(groups) + 1)  # the first two stages see unlabelled sentences
     assert trial.task is labelled and all(p.requires_grad for p in student.parameters())
 

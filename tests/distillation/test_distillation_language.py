@@ -10,9 +10,10 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from utils import language, training
 from utils.distillation import students
-from utils.distillation.language import TripleLoss, cosine_loss, pretrain, triple_loss
+from utils.distillation.language import TripleLoss, cosine_loss, pretrain, speaking, triple_loss, unigram_perplexity
 from utils.language import IGNORED, LanguageHead, LanguageModel, Masking, masked_loss
 from utils.profiles import get
+from utils.tasks import Split
 from utils.trials import Trial
 
 MASKING = Masking(4, 100, (0, 1, 2, 3, 4))
@@ -151,6 +152,16 @@ def test_a_head_is_trained_on_a_copy(teacher, texts):
     assert not torch.equal(model.bert.embeddings.word_embeddings.weight, teacher.bert.embeddings.word_embeddings.weight)
 
 
+@pytest.mark.method("K-25")
+def test_word_frequencies_are_a_guess_of_known_perplexity(texts):
+    masking, split = Masking(4, 10, (0, 2)), task_of(texts).train
+    train = Split(None, [[2, 5, 5, 6, 0], [5]], torch.zeros(2))
+    other = Split(None, [[2, 5, 7]], torch.zeros(1))
+    odds = {5: (3 + 1) / (4 + 10), 7: 1 / (4 + 10)}  # three fives among four words, ten kinds
+    assert unigram_perplexity(train, other, masking) == pytest.approx((odds[5] * odds[7]) ** -0.5)
+    assert unigram_perplexity(split, split, Masking(4, 100, (0, 2, 3))) < 100  # better than a guess by lot
+
+
 # --- K-21 -----------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +201,25 @@ def test_between_equals_only_the_labels_cost_and_the_teacher_gets_no_gradient(te
     assert triple_loss(guide, MASKING, TripleLoss(1.0, 0.0, 1.0))(same, texts).item() == pytest.approx(0, abs=1e-5)
     triple_loss(guide, MASKING)(same, texts).backward()
     assert all(p.grad is None for p in guide.parameters()) and same.head.dense.weight.grad is not None
+
+
+@pytest.mark.method("K-21")
+def test_a_student_cut_from_the_teacher_that_speaks_begins_as_that_speaks(teacher, texts):
+    speaker, _ = language_model(teacher, texts)
+    whole = students.from_layers(speaking(teacher, speaker), [0, 1])
+    assert not torch.equal(whole.bert.encoder.layer[0].output.dense.weight, teacher.bert.encoder.layer[0].output.dense.weight)
+    assert torch.equal(whole.classifier.weight, teacher.classifier.weight)
+    trial = Trial(whole, task_of(texts), get("smoke"))
+    student = pretrain(trial, task_of(texts), MASKING, 0, head=speaker.head)
+    inputs = {name: texts[name] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(student(**inputs), speaker(**inputs))
+    assert student.head is not speaker.head  # a copy, which the student may change
+    assert pretrain(trial, task_of(texts), MASKING, 0).head.dense.weight.equal(torch.eye(32))
+
+
+def language_model(teacher, texts):
+    """A language model whose encoder and head have moved away from the classifier's."""
+    return language.train_head(teacher.bert, task_of(texts), MASKING, get("smoke"), steps=2, learning_rate=1e-2)
 
 
 @pytest.mark.method("K-21")

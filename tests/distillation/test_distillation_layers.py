@@ -150,7 +150,7 @@ def test_weights_that_are_none_are_refused():
 
 
 @pytest.mark.method("K-26")
-def test_cost_attention_is_the_authors_and_prefers_cheap_layers():
+def test_cost_attention_prefers_cheap_layers():
     flow, cost = np.array([[0.3, 0.1], [0.2, 0.4]]), np.array([[1.0, 2.0], [0.5, 0.25]])
     weights, T = np.array([0.4, 0.6]), 2.0
     unit = np.array([(0.3 * 1 + 0.1 * 2) / 0.4, (0.2 * 0.5 + 0.4 * 0.25) / 0.6])  # transfer cost of a unit, layer by layer
@@ -180,8 +180,28 @@ def test_bert_emd_moves_weights_and_sends_no_gradient_through_the_flow(teacher_m
     torch.testing.assert_close(loss, by_hand)
     single = losses.token_mean((projection(mine["hidden", 2]) - given["hidden", 3]).pow(2), batch["attention_mask"])
     torch.testing.assert_close(mover.costs(mine, given, "hidden")[1, 2], single)
-    assert mover.student_weights.sum() == pytest.approx(1) and not np.allclose(mover.student_weights, 0.5)
-    assert not np.allclose(mover.teacher_weights, 0.25)
+    expected = {"student": [], "teacher": []}  # the authors: softmax for each kind, their mean, softmax again
+    for kind in ("hidden", "scores"):
+        flow, cost = mover.flow[kind], mover.costs(mine, given, kind).detach().double().numpy()
+        expected["student"].append(layers.cost_attention(flow, cost, np.full(2, 1 / 2), 1.0))
+        expected["teacher"].append(layers.cost_attention(flow.T, cost.T, np.full(4, 1 / 4), 1.0))
+    for found, both in ((mover.student_weights, expected["student"]), (mover.teacher_weights, expected["teacher"])):
+        raised = np.exp((both[0] + both[1]) / 2)
+        np.testing.assert_allclose(found, raised / raised.sum(), rtol=1e-5)
+        assert not np.allclose(both[0], both[1]) and not np.allclose(found, found[0])
     fixed = layers.earth_movers(2, 4, projection, learn=False)
     value(fixed, student, teacher_model, batch)
     assert np.allclose(fixed.loss.student_weights, 0.5)
+
+
+@pytest.mark.method("K-26")
+def test_a_layer_that_costs_next_to_nothing_does_not_take_all_the_weight(monkeypatch):
+    """A student that begins with the teacher's own layers has such costs on the diagonal."""
+    cost = torch.full((3, 6), 1.0) + 0.1 * torch.arange(6.0)
+    cost[0, 0], cost[1, 1], cost[2, 2] = 1e-5, 1e-4, 1e-3
+    mover = layers.earth_movers(3, 6).loss
+    monkeypatch.setattr(mover, "costs", lambda student, teacher, kind: cost)
+    for _ in range(20):
+        mover(None, None, {})
+    for weights in (mover.student_weights, mover.teacher_weights):
+        assert weights.sum() == pytest.approx(1) and weights.min() > 0.05 and weights.max() <= np.e * weights.min() * (1 + 1e-9)

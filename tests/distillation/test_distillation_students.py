@@ -61,7 +61,7 @@ MADE = {
     "bilstm": lambda teacher: students.bilstm(teacher, 8, 6, 5),
     "cnn": lambda teacher: students.cnn(teacher, 8, 6, (2, 3, 5)),
     "spelled": spelled,
-    "narrower": lambda teacher: students.narrower(teacher, 2, 16, 2),
+    "narrower": lambda teacher: students.narrower(teacher, 2, 16, num_heads=2),
     "random layers": lambda teacher: students.with_random_layers(teacher, 3),
 }
 
@@ -282,14 +282,18 @@ def test_projected_rows_are_the_truncated_svd():
 
 @pytest.mark.method("K-19", "K-28")
 def test_a_narrow_student_keeps_what_it_can_of_the_embeddings(teacher):
-    student = students.narrower(teacher, 2, 16, 2)
+    student = students.narrower(teacher, 2, 16, num_heads=2, intermediate_size=24, seed=3)
+    again, other = (students.narrower(teacher, 2, 16, num_heads=2, intermediate_size=24, seed=seed) for seed in (3, 4))
+    first, same, different = (model.bert.encoder.layer[0].intermediate.dense.weight for model in (student, again, other))
+    assert first.shape == (24, 16) and torch.equal(first, same) and not torch.equal(first, different)
+    assert students.narrower(teacher, 2, 16, num_heads=2).config.intermediate_size == 64
     table = teacher.bert.embeddings.word_embeddings.weight
     directions = students.principal_directions(table, 16)
     torch.testing.assert_close(student.bert.embeddings.word_embeddings.weight, table @ directions)
     torch.testing.assert_close(student.bert.embeddings.position_embeddings.weight,
                                teacher.bert.embeddings.position_embeddings.weight @ directions)  # fmt: skip
     with pytest.raises(ValueError, match="at most as wide"):
-        students.narrower(teacher, 2, 64, 2)
+        students.narrower(teacher, 2, 64, num_heads=2)
 
 
 @pytest.mark.method("K-27")

@@ -308,9 +308,11 @@ def selective(teacher_model):
 @pytest.mark.method("K-18")
 def test_a_teacher_is_left_once_it_is_beaten_by_the_threshold(selective):
     assert selective.active == [True, True]
+    changes = 0
     for accuracies, active in (([80.9, 61.0], [True, False]), ([81.0, 60.5], [False, True]), ([79.0, 59.0], [True, True])):
+        changes += sum(now != then for now, then in zip(active, selective.active, strict=True))
         selective.review(accuracies)
-        assert selective.active == active
+        assert selective.active == active and selective.switches == changes
 
 
 @pytest.mark.method("K-18")
@@ -330,6 +332,7 @@ def test_each_part_has_its_teacher_and_without_it_the_labels(selective, student_
         torch.testing.assert_close(
             value(selective.objective(kappa), student_model, selective, batch), torch.stack(expected[active]).mean()
         )
+    assert (selective.seen, selective.taught) == (16, 8 + 4)  # in the second pass the odd rows have no teacher
 
 
 @pytest.mark.method("K-18")

@@ -82,6 +82,7 @@ def test_only_the_successors_layers_learn_and_the_rate_rises_with_the_steps(pred
     assert rates == [0, 1, 2, 3, 4] and theseus.drawn == 10
     moved = {name for name, p in successor.named_parameters() if not torch.equal(p, own[name])}
     assert moved and all(name.startswith("bert.encoder.layer") for name in moved)
+    assert all(p.grad is None for p in successor.parameters())  # what does not learn gathers no gradient over the steps
     assert all(torch.equal(p, before[name]) and p.requires_grad and p.grad is None for name, p in predecessor.named_parameters())
     assert all(p.grad is None and not p.requires_grad for p in theseus.layers.parameters())
     assert not successor.bert.encoder._forward_pre_hooks and not successor.bert.encoder._forward_hooks

@@ -283,6 +283,29 @@ def test_the_dual_loss_is_the_sum_of_its_three_parts():
 
 
 @pytest.mark.method("K-19")
+def test_the_projections_pull_by_default_and_balanced_as_hard_as_the_words():
+    teacher, mixer, batch = make_bert(len(PIECES)), Mixer.of(PIECES, OWN), make_batch()
+    student = vocabulary.spelled_student(teacher, mixer, OWN, SIZES, 2.0)
+    dual = DualModel(LanguageModel(teacher.bert), LanguageModel(student.bert))
+    plain, without = DualTraining.of(mixer, PIECES, OWN), DualTraining.of(mixer, PIECES, OWN, projection_weight=0.0)
+    found = []
+    for training in (plain, without):
+        torch.manual_seed(4)
+        found.append(training.loss()(dual, batch))
+    torch.testing.assert_close(found[0] - found[1], dual.projections())
+    torch.manual_seed(5)
+    weight = plain.balanced(dual, batch).projection_weight
+    weights = [given.weight for _, given in dual.projections.pairs]
+    torch.manual_seed(5)
+    words = vocabulary.guess_loss(dual.student, vocabulary.rewrite(batch, mixer.own), plain.own)
+    lengths = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]).norm() for loss in (words, dual.projections())
+    ]
+    torch.testing.assert_close(weight * lengths[1], lengths[0])
+    assert weight > 0 and all(p.grad is None for p in dual.parameters())
+
+
+@pytest.mark.method("K-19")
 def test_dual_training_runs_in_the_common_loop_and_moves_teacher_student_and_projections():
     teacher, mixer, batch = make_bert(len(PIECES)), Mixer.of(PIECES, OWN), make_batch()
     student = vocabulary.spelled_student(teacher, mixer, OWN, SIZES, 2.0)

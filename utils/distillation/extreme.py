@@ -65,11 +65,15 @@ def representation_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.T
 
 @dataclass(frozen=True)
 class Stage:
-    """One goal: a loss, the task on whose training sentences it is pursued, and modules that learn beside the student."""
+    """One goal: a loss, the task on whose training sentences it is pursued, and modules that learn beside the student.
+
+    `reaches_head` is False for a loss on the sentence vector: what lies above it gets no gradient, and does not thaw.
+    """
 
     loss: Loss
     task: Task
     modules: tuple[nn.Module, ...] = ()
+    reaches_head: bool = True
 
 
 def xtreme_stages(teacher: Teacher, layer: int, transfer: Task, labelled: Task, projection: Projection) -> list[Stage]:
@@ -85,11 +89,12 @@ def xtreme_stages(teacher: Teacher, layer: int, transfer: Task, labelled: Task, 
         found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
         return logit_loss(found, teacher(batch).logits)
 
-    return [Stage(representation, transfer, (projection,)), Stage(logits, transfer), Stage(cross_entropy, labelled)]
+    first = Stage(representation, transfer, (projection,), reaches_head=False)
+    return [first, Stage(logits, transfer), Stage(cross_entropy, labelled)]
 
 
 def from_the_top(student: nn.Module) -> list[list[nn.Module]]:
-    """A student's layers from the head down to the embeddings: the order in which they thaw."""
+    """A student's layers, the head first, then down to the embeddings: the order in which they thaw."""
     if isinstance(student, BiLSTM):
         return [[student.classifier, student.hidden], [student.lstm], [student.embeddings]]
     if isinstance(student, TextCNN):
@@ -113,19 +118,20 @@ def unfrozen(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
 
 
 def train_in_stages(trial: Trial, stages: list[Stage], steps: int, *, gradual: bool = True, **options) -> list[int]:
-    """Pursue one goal after another, each for `steps`; returns how many parameters learned in each phase. K-28.
+    """Pursue one goal after another, each for `steps`; returns how many parameters moved in each phase. K-28.
 
-    `gradual`: a stage falls into phases, one per layer, each with one layer more, from the top down, and as equal as the
-    steps allow; without it there is one phase, in which everything learns. Options go to `trial.recover`. Raises ValueError
-    for fewer steps than layers.
+    `gradual`: a stage falls into phases, one per layer that its loss reaches, each with one layer more, from the top down, and
+    as equal as the steps allow; without it there is one phase, in which everything learns. Options go to `trial.recover`.
+    Raises ValueError for fewer steps than layers.
     """
-    groups = from_the_top(trial.model)
-    groups = groups if gradual else [[module for group in groups for module in group]]
-    if steps < len(groups):
-        raise ValueError(f"a stage needs a step for each of its {len(groups)} phases, got {steps}")
+    layers = from_the_top(trial.model)
+    if gradual and steps < len(layers):
+        raise ValueError(f"a stage needs a step for each of its {len(layers)} phases, got {steps}")
     learned, before = [], trial.task
     for stage in stages:
         trial.task = stage.task
+        groups = layers if stage.reaches_head else layers[1:]
+        groups = groups if gradual else [[module for group in groups for module in group]]
         for phase in range(len(groups)):
             open_modules = [module for group in groups[: phase + 1] for module in group]
             share = steps * (phase + 1) // len(groups) - steps * phase // len(groups)
@@ -135,10 +141,13 @@ def train_in_stages(trial: Trial, stages: list[Stage], steps: int, *, gradual: b
 
 
 def train_open(trial: Trial, open_modules: list[nn.Module], stage: Stage, steps: int, **options) -> int:
-    """Train the given modules of a trial's model, and those of the stage; returns how many parameters of the model learned."""
+    """Train the given modules of a trial's model, and those of the stage; returns how many parameters the model has in tensors
+    that moved.
+    """
     device = next(trial.model.parameters()).device
     beside = [parameter for module in stage.modules for parameter in module.to(device).parameters()]
     with unfrozen(trial.model, open_modules):
         own = [parameter for parameter in trial.model.parameters() if parameter.requires_grad]
+        before = [parameter.detach().clone() for parameter in own]
         trial.recover(steps, loss=stage.loss, train_embeddings=True, parameters=[{"params": own + beside}], **options)
-    return sum(parameter.numel() for parameter in own)
+    return sum(now.numel() for now, then in zip(own, before, strict=True) if not torch.equal(now, then))

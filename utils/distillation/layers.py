@@ -187,7 +187,7 @@ def earth_movers_flow(cost: np.ndarray, student_weights: np.ndarray, teacher_wei
 
 
 def cost_attention(flow: np.ndarray, cost: np.ndarray, weights: np.ndarray, temperature: float) -> np.ndarray:
-    """New weights of the layers in rows: softmax(sum(c) / c_i / T), where c_i = sum_j Gamma_ij cost_ij / w_i.
+    """Weights of the layers in rows, before both kinds are averaged: softmax(sum(c) / c_i / T), c_i = sum_j Gamma_ij cost_ij / w_i.
 
     c_i is what a unit of layer i costs: a layer that is cheap to move counts more at the next step. Give the transposes for the
     teacher's layers.
@@ -199,11 +199,20 @@ def cost_attention(flow: np.ndarray, cost: np.ndarray, weights: np.ndarray, temp
     return raised / raised.sum()
 
 
+def flattened(weights: np.ndarray) -> np.ndarray:
+    """Softmax of weights in [0, 1]: none is more than e times another.
+
+    The authors' code has this second softmax (`add_softmax`, on by default). Without it a layer whose cost is nearly zero, such
+    as a copy of a teacher's layer, takes all the weight, and the others are taught nothing.
+    """
+    return np.exp(weights) / np.exp(weights).sum()
+
+
 class EarthMover:
     """The loss of K-26: sum(Gamma * cost) for hidden states and for attention scores, with weights of the layers that move.
 
-    `student_weights` and `teacher_weights` start uniform; after each step cost attention renews them for both kinds, and their
-    mean is taken. `flow` keeps the last flow of both kinds, each (S, T). No gradient passes the flow.
+    `student_weights` and `teacher_weights` start uniform; after each step cost attention renews them for both kinds, their mean
+    is taken, and flattened. `flow` keeps the last flow of both kinds, each (S, T). No gradient passes the flow.
     """
 
     def __init__(self, student_layers: int, teacher_layers: int, projection: nn.Module | None, temperature: float, learn: bool):
@@ -236,7 +245,8 @@ class EarthMover:
                             cost_attention(flow.T, fixed.T, self.teacher_weights, self.temperature)))  # fmt: skip
             total = total + (torch.from_numpy(flow).to(cost) * cost).sum()
         if self.learn:
-            self.student_weights, self.teacher_weights = (np.mean(both, axis=0) for both in zip(*renewed, strict=True))
+            means = (np.mean(both, axis=0) for both in zip(*renewed, strict=True))
+            self.student_weights, self.teacher_weights = (flattened(mean) for mean in means)
         return total
 
 
@@ -245,8 +255,9 @@ def earth_movers(
 ) -> Objective:
     """K-26: every student layer may learn from every teacher layer, as much as the earth mover's distance moves between them.
 
-    `learn=False` keeps the layers' weights uniform. Its `loss` is an `EarthMover`, where flow and weights can be read. Li et
-    al. 2020 (arXiv 2010.06133), survey 4.4. Raises ValueError for a temperature of 0 or less.
+    `learn=False` keeps the layers' weights uniform. Its `loss` is an `EarthMover`, where flow and weights can be read. The
+    authors add it, times 0.01, to soft targets and labels, in one stage. Li et al. 2020 (arXiv 2010.06133), survey 4.4. Raises
+    ValueError for a temperature of 0 or less.
     """
     mover = EarthMover(student_layers, teacher_layers, projection, temperature, learn)
     mine = needs("hidden", range(1, student_layers + 1)) + needs("scores", range(1, student_layers + 1))

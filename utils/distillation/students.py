@@ -85,11 +85,14 @@ def project_rows(table: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def narrower(teacher: nn.Module, num_layers: int, hidden_size: int, num_heads: int, seed: int = 0) -> nn.Module:
+def narrower(
+    teacher: nn.Module, num_layers: int, hidden_size: int, *, num_heads: int, intermediate_size: int | None = None, seed: int = 0
+) -> nn.Module:
     """A narrower BERT with random layers, whose embeddings are the teacher's in the directions that matter most to its word
     vectors.
 
-    Raises ValueError for a student wider or deeper than the teacher.
+    `intermediate_size` is the feed-forward size, four times the hidden size where none is given. Raises ValueError for a student
+    wider or deeper than the teacher.
     """
     config = teacher.config
     starting_layers(len(teacher.bert.encoder.layer), num_layers, "first")
@@ -97,7 +100,7 @@ def narrower(teacher: nn.Module, num_layers: int, hidden_size: int, num_heads: i
         raise ValueError(
             f"a student is at most as wide as its teacher: hidden_size must lie in 1..{config.hidden_size}, got {hidden_size}"
         )
-    student = bert.small(config, num_layers, hidden_size, num_heads, 4 * hidden_size, seed)
+    student = bert.small(config, num_layers, hidden_size, num_heads, intermediate_size or 4 * hidden_size, seed)
     source, target = teacher.bert.embeddings, student.bert.embeddings
     directions = principal_directions(source.word_embeddings.weight, hidden_size)
     for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):

@@ -341,7 +341,8 @@ class SelectiveTeachers:
 
     Tan et al. 2019 (arXiv 1902.10461, survey 4.3) have a teacher for each pair of languages; here, an analogue, for each part
     of the sentences. `part_of` (examples,) is the part of each row, `accuracies` what each teacher reaches, in percent,
-    `threshold` in points.
+    `threshold` in points. `seen` counts the rows on which the student trained, `taught` those with a teacher, `switches` how
+    often a review took a teacher away or gave one back.
     """
 
     def __init__(
@@ -353,12 +354,14 @@ class SelectiveTeachers:
         self.teachers, self.part_of, self.accuracies = list(teachers), part_of, list(accuracies)
         self.threshold, self.top = threshold, top
         self.active = [True] * len(self.teachers)
+        self.seen = self.taught = self.switches = 0
         self.size, self.wanted = max((t.size for t in teachers), key=lambda size: size.parameters), ()
 
     def review(self, student_accuracies: Sequence[float]) -> None:
         """A teacher teaches while the student's accuracy on its part is below the teacher's plus the threshold."""
-        pairs = zip(student_accuracies, self.accuracies, strict=True)
+        pairs, before = zip(student_accuracies, self.accuracies, strict=True), self.active
         self.active = [mine < given + self.threshold for mine, given in pairs]
+        self.switches += sum(now != then for now, then in zip(self.active, before, strict=True))
 
     def reviewing(self, every: int, accuracies: Callable[[nn.Module], Sequence[float]]) -> Callable:
         """A hook for `after_step` that reviews the teachers every so many steps. ValueError for fewer than one."""
@@ -386,8 +389,9 @@ class SelectiveTeachers:
         def loss(student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
             hard = cross_entropy(student.logits, batch["labels"], reduction="none")
             soft = top_loss(student.logits, *top_probabilities(teacher.logits, self.top))
-            parts = self.part_of[torch.as_tensor(batch["rows"])]
-            share = teacher_weight * torch.tensor(self.active)[parts].to(hard)
+            taught = torch.tensor(self.active)[self.part_of[torch.as_tensor(batch["rows"])]]
+            self.seen, self.taught = self.seen + len(taught), self.taught + int(taught.sum())
+            share = teacher_weight * taught.to(hard)
             return ((1 - share) * hard + share * soft).mean()
 
         return Objective(loss)

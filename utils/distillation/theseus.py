@@ -65,8 +65,9 @@ class Theseus:
         return [{"params": list(successor.bert.encoder.layer.parameters())}]
 
     def after_step(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Count a step, on which the rate depends."""
+        """Count a step, on which the rate depends; clear the gradients of all that does not learn, as the authors do."""
         self.step += 1
+        model.zero_grad(set_to_none=True)
 
     def draw(self, own: nn.ModuleList, modules: list[list[nn.Module]]) -> nn.ModuleList:
         """The layers of one pass: module by module the successor's layer, or the predecessor's layers."""

@@ -10,6 +10,7 @@ Scaled down: the student's vocabulary is built from the training sentences, and 
 piece by piece, so that the finished student can read the teacher's token ids (`utils.parts.SpelledBert`).
 """
 
+import dataclasses
 import heapq
 import math
 import re
@@ -349,7 +350,7 @@ class DualModel(nn.Module):
 @dataclass(frozen=True)
 class DualTraining:
     """How both read. `share` of the words are spelled by the student's vocabulary for the teacher; maskings for joint and own
-    ids.
+    ids. `projection_weight` multiplies a mean per weight, which is small beside the words' losses (`balanced`).
     """
 
     mixer: Mixer
@@ -368,6 +369,18 @@ class DualTraining:
         given = tuple(number for number, piece in enumerate(pieces) if piece in SPECIAL)
         joint = Masking(pieces.index("[MASK]"), len(pieces) + len(vocabulary), given)
         return cls(mixer, joint, Masking(vocabulary.index("[MASK]"), len(vocabulary), tuple(range(len(SPECIAL)))), **options)
+
+    def balanced(self, model: DualModel, batch: dict) -> "DualTraining":
+        """The same with the projections' weight at which, on this batch, their gradient on the student's matrices is as long as
+        that of the student's words.
+        """
+        weights = [given.weight for _, given in model.projections.pairs]
+
+        def length(loss: torch.Tensor) -> float:
+            return torch.cat([one.flatten() for one in torch.autograd.grad(loss, weights)]).norm().item()
+
+        words = guess_loss(model.student, rewrite(batch, self.mixer.own), self.own)
+        return dataclasses.replace(self, projection_weight=length(words) / length(model.projections()))
 
     def loss(self) -> Loss:
         """The teacher's masked words in mixed spelling + the student's in its own + the distance of their weights. K-19."""

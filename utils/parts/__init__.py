@@ -11,9 +11,20 @@ from torch import nn
 
 from utils import CompanionError
 from utils.parts.attention import ATTENTIONS, DENSE, STOCK, attention_macs, linear_attention, register_dense
+from utils.parts.characters import CharacterBiLSTM, CharacterCNN
+from utils.parts.depth import AdaptiveEncoder, EquilibriumEncoder
+from utils.parts.embeddings import (
+    FactorizedVectors,
+    ReferenceVectors,
+    SlimVectors,
+    SparseVectors,
+    TrimmedVectors,
+    TwoComponentVectors,
+)
 from utils.parts.linear import GroupedLinear, LowRankLinear
 from utils.parts.mobile import MobileBertLayer, TrigramEmbeddings
 from utils.parts.part import Part
+from utils.parts.shared import HashedLinear, HashedVectors, QuaternionLinear, RandomlySharedLinear, ToeplitzLinear
 from utils.parts.students import BiLSTM, SpelledBert, TextCNN
 
 __all__ = [
@@ -30,7 +41,31 @@ __all__ = [
 ]
 
 PARTS: dict[str, type[Part]] = {
-    part.kind: part for part in (LowRankLinear, GroupedLinear, MobileBertLayer, TrigramEmbeddings, BiLSTM, TextCNN, SpelledBert)
+    part.kind: part
+    for part in (
+        LowRankLinear,
+        GroupedLinear,
+        MobileBertLayer,
+        TrigramEmbeddings,
+        BiLSTM,
+        TextCNN,
+        SpelledBert,
+        CharacterBiLSTM,
+        CharacterCNN,
+        SparseVectors,
+        TwoComponentVectors,
+        ReferenceVectors,
+        SlimVectors,
+        FactorizedVectors,
+        TrimmedVectors,
+        RandomlySharedLinear,
+        HashedLinear,
+        HashedVectors,
+        ToeplitzLinear,
+        QuaternionLinear,
+        AdaptiveEncoder,
+        EquilibriumEncoder,
+    )
 }
 
 

@@ -38,9 +38,38 @@ def linear_attention(
     return ((q @ summary) / weight.clamp(min=1e-6)).transpose(1, 2), None
 
 
+def quaternion_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Four attention maps: the components of the Hamilton product of queries and keys, each for one component of the values.
+
+    Shapes as in `linear_attention`; each head holds its real components first, then those of i, j and k. Tay et al. 2019 (arXiv
+    1906.04393), survey 5.2. Raises ValueError for a head size that 4 does not divide.
+    """
+    if query.shape[-1] % 4:
+        raise ValueError(f"quaternion attention needs a head size that 4 divides, got {query.shape[-1]}")
+    r, i, j, k = key.chunk(4, -1)
+    products = (r, -i, -j, -k), (i, r, k, -j), (j, -k, r, i), (k, j, -i, r)  # what each component of a query meets
+    keys = torch.stack([torch.cat(product, -1) for product in products], 2)  # (batch, heads, 4, length, head size)
+    scores = query.unsqueeze(2) @ keys.transpose(-1, -2) / query.shape[-1] ** 0.5
+    if attention_mask is not None:
+        padding = attention_mask[:, None, None, None, :] == 0
+        scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
+    attended = scores.softmax(-1) @ torch.stack(value.chunk(4, -1), 2)  # (batch, heads, 4, length, head size / 4)
+    return attended.permute(0, 3, 1, 2, 4).flatten(-2), None
+
+
 ATTENTIONS: dict[str, Attention] = {
     "linear": Attention(
         linear_attention, lambda length, num_heads, head_size: num_heads * length * head_size * (2 * head_size + 1)
+    ),
+    "quaternion": Attention(
+        quaternion_attention, lambda length, num_heads, head_size: 5 * length * length * num_heads * head_size
     ),
 }
 for _name, _attention in ATTENTIONS.items():
