@@ -25,6 +25,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _float32():
+    """Oracles compute in float32; on a machine that multiplies bfloat16 a test would compare roundings with them."""
+    from utils import training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "compute_dtype", lambda device: torch.float32)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
     torch.manual_seed(0)

@@ -19,9 +19,16 @@ from transformers.masking_utils import create_bidirectional_mask
 from utils import bert, costs
 from utils.claims import Evidence, exact
 from utils.metrics import Estimate
-from utils.parts.depth import AdaptiveEncoder, EquilibriumEncoder, OneLayerEncoder, jacobian_penalty, ponder_cost, vector_jacobian
+from utils.parts.depth import (
+    AdaptiveEncoder,
+    EquilibriumEncoder,
+    OneLayerEncoder,
+    jacobian_penalty,
+    ponder_cost,
+    vector_jacobian,
+)
 from utils.structure import tie
-from utils.training import Loss, check_batches, cross_entropy
+from utils.training import Loss, autocast, check_batches, cross_entropy
 
 PIECES = {"all": ("attention", "intermediate", "output"), "ffn": ("intermediate", "output"), "attention": ("attention",)}
 STARTS = ("mean", "least_squares")  # besides the number of a layer
@@ -43,11 +50,13 @@ def share_layers(
     """
     if what not in PIECES:
         raise ValueError(f"what must be one of {', '.join(PIECES)}, got {what!r}")
-    for group in layer_groups(len(model.bert.encoder.layer), groups):
-        layer, first = start_layer(model, group, start, batches), model.bert.encoder.layer[group[0]]
+    members = layer_groups(len(model.bert.encoder.layer), groups)
+    starts = [start_layer(model, group, start, batches) for group in members]  # all of them seen in the model as it was
+    for group, layer in zip(members, starts, strict=True):
         for piece in PIECES[what]:
-            first.get_submodule(piece).load_state_dict(layer.get_submodule(piece).state_dict())
-            for path, module in first.get_submodule(piece).named_modules(prefix=piece):
+            first = model.bert.encoder.layer[group[0]].get_submodule(piece)
+            first.load_state_dict(layer.get_submodule(piece).state_dict())
+            for path, module in first.named_modules(prefix=piece):
                 for number in group[1:] if module._parameters else ():  # leaves: layers and their attentions stay their own
                     tie(model, f"bert.encoder.layer.{number}.{path}", f"bert.encoder.layer.{group[0]}.{path}")
 
@@ -183,7 +192,9 @@ def reproduce_layers(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(1, steps))
     errors = []
     for step in range(steps):
-        loss = layer_errors(model.eval(), teacher, batches[step % len(batches)]).mean()
+        batch = batches[step % len(batches)]
+        with autocast(batch["input_ids"].device), bert.fastest_attention(model, "eager"):
+            loss = layer_errors(model.eval(), teacher, batch).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -196,7 +207,8 @@ def reproduce_layers(
 def mean_loss(model: nn.Module, batches: list[dict]) -> float:
     """Cross-entropy per sentence over some batches. Raises ValueError for no batches."""
     check_batches(batches)
-    losses = [cross_entropy(model.eval(), batch).item() * len(batch["labels"]) for batch in batches]
+    with autocast(batches[0]["input_ids"].device):
+        losses = [cross_entropy(model.eval(), batch).item() * len(batch["labels"]) for batch in batches]
     return sum(losses) / sum(len(batch["labels"]) for batch in batches)
 
 
@@ -223,8 +235,8 @@ def start_losses(
 # --- S-16 what sharing does -----------------------------------------------------------------------------------------
 
 
-def depth_gradients(model: nn.Module, batch: dict) -> torch.Tensor:
-    """The loss gradient of each depth as if its layer had weights of its own, (layers, weights of a layer).
+def depth_gradients(model: nn.Module, batch: dict, what: str = "all") -> torch.Tensor:
+    """The loss gradient of each depth as if its layer had weights of its own, (layers, weights of `what` in a layer).
 
     Where all layers share one set of weights, its gradient is the sum over the depths.
     """
@@ -232,11 +244,12 @@ def depth_gradients(model: nn.Module, batch: dict) -> torch.Tensor:
     config = {id(single.config): single.config}  # one for all: it names the attention
     single.bert.encoder.layer = nn.ModuleList(copy.deepcopy(layer, dict(config)) for layer in single.bert.encoder.layer)
     cross_entropy(single, batch).backward()
-    return torch.stack([torch.cat([p.grad.flatten() for p in layer.parameters()]) for layer in single.bert.encoder.layer])
+    return torch.stack([torch.cat([p.grad.flatten() for piece in PIECES[what] for p in layer.get_submodule(piece).parameters()])
+                        for layer in single.bert.encoder.layer])  # fmt: skip
 
 
 def agreement(gradients: torch.Tensor) -> float:
-    """Mean cosine between the gradients (depths, weights) of two depths: 1 where all want the same, 0 where they are unrelated."""
+    """Mean cosine between the gradients (depths, weights) of two depths: 1 where all want the same, 0 where unrelated."""
     unit = nn.functional.normalize(gradients.flatten(1), dim=1)
     cosines = unit @ unit.T
     return cosines[~torch.eye(len(unit), dtype=torch.bool, device=unit.device)].mean().item()
@@ -251,7 +264,7 @@ def smaller_not_cheaper(dense: nn.Module, shared: nn.Module, length: int = 32) -
 
 
 def same_speed(what: str, speed: Estimate, margin: float = 0.05) -> list[Evidence]:
-    """Two one-sided tests for "the latency stays": a speed against the dense model, over rounds, that lies within a margin of 1."""
+    """Two one-sided tests for "the latency stays": the speed against the dense model, over rounds, within a margin of 1."""
     return [Evidence(f"{what}: speed over the dense model's", speed, "above", 1 - margin),
             Evidence(f"{what}: the same", speed, "below", 1 + margin)]  # fmt: skip
 
@@ -332,7 +345,10 @@ def halting_numbers(model: nn.Module, batches: list[dict]) -> dict[str, float]:
 
 
 def equilibrium(model: nn.Module, start: Start = "mean", batches: list[dict] | None = None, **solver: float) -> None:
-    """Replace the encoder, in place, by one layer's fixed point (`EquilibriumEncoder`). Options are those of `Anderson`. Survey 5.3."""
+    """Replace the encoder, in place, by one layer's fixed point (`EquilibriumEncoder`), solved with the options of `Anderson`.
+
+    Survey 5.3.
+    """
     layer = start_layer(model, list(range(len(model.bert.encoder.layer))), start, batches)
     replace_encoder(model, EquilibriumEncoder.around(layer, model.config, **solver))
 
@@ -382,8 +398,9 @@ def equilibrium_numbers(model: nn.Module, batches: list[dict]) -> dict[str, floa
 
 
 def spectral_radius(model: nn.Module, batch: dict, steps: int = 40) -> torch.Tensor:
-    """Largest absolute eigenvalue of each sentence's Jacobian at its fixed point, (batch,): below 1 the plain iteration converges.
+    """Largest absolute eigenvalue of each sentence's Jacobian at its fixed point, (batch,).
 
+    Where it is below 1, the plain iteration converges from close by.
     The power method: by how much a random vector grows per step, over the second half of the steps (complex pairs of
     eigenvalues turn the vector, but do not bother a mean growth).
     """
