@@ -518,6 +518,18 @@ def test_the_loss_adds_the_weighted_ponder_cost(deep, batch):
             layers.universal(make(), **options)
 
 
+@pytest.mark.method("S-17")
+def test_the_halting_unit_may_learn_at_its_own_rate(deep, batch):
+    layers.universal(deep)
+    groups = layers.halting_groups(deep, 0.5)
+    assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in deep.parameters())
+    before = {name: p.detach().clone() for name, p in deep.bert.encoder.named_parameters()}
+    training.train(deep, task_of(batch), profiles.get("smoke"), steps=1, learning_rate=1e-5, parameters=groups)
+    moved = {name: (p - before[name]).abs().max().item() for name, p in deep.bert.encoder.named_parameters()}
+    own = {name: moved.pop(name) for name in ("halt.weight", "step_embeddings")}
+    assert min(own.values()) > 0.1 and max(moved.pop("halt.bias"), *moved.values()) < 1 and max(moved.values()) < 1e-3
+
+
 @pytest.mark.method("S-17", "S-18")
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "linear"])
 def test_real_tokens_are_read_off_the_mask_that_bert_hands_on(attention, deep, batch):
@@ -657,6 +669,13 @@ def test_one_application_is_kept_however_many_iterations_there_are(deep, batch):
     assert few == many
     depth = [kept(universal(halting_bias=-30.0, max_steps=n)) for n in (2, 4, 6)]
     assert depth[2] - depth[1] == pytest.approx(depth[1] - depth[0], rel=0.05) and depth[2] > few
+
+
+@pytest.mark.method("S-18")
+def test_activation_bytes_by_hand():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))  # backwards needs both inputs; the second weight is the model's own
+    found = layers.activation_bytes(model, lambda model, batch: model(batch["x"]).sum(), {"x": torch.randn(4, 3)})
+    assert found == 4 * (4 * 3 + 4 * 5)
 
 
 def one_sentence(model: nn.Module, batch: dict):

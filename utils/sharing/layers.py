@@ -321,6 +321,16 @@ def ponder_loss(weight: float = 0.01) -> Loss:
     return loss
 
 
+def halting_groups(model: nn.Module, learning_rate: float) -> list[dict]:
+    """Optimiser groups for `utils.training.train`: halting unit and step embeddings, which start from nothing, learn at a rate
+    of their own and without decay.
+    """
+    encoder = model.bert.encoder
+    own = [*encoder.halt.parameters(), encoder.step_embeddings]
+    rest = [p for p in model.parameters() if all(p is not one for one in own)]
+    return [{"params": rest}, {"params": own, "lr": learning_rate, "weight_decay": 0.0}]
+
+
 @torch.inference_mode()
 def halting_map(model: nn.Module, batch: dict) -> torch.Tensor:
     """Steps that each token took, (batch, length), 0 for padding."""
