@@ -11,7 +11,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 
 from utils import CompanionError, bert, cache, metrics, tasks, training
-from utils.profiles import Profile, compute_dtype
+from utils.profiles import Profile
 from utils.tasks import Task
 
 
@@ -79,7 +79,7 @@ def label_control(start: nn.Module, key: str, phases: tuple[Phase, ...], task: T
 
     device = next(start.parameters()).device
     sizes = {"start": key, "task": task.key, "phases": phases, "batch_size": profile.batch_size, "device": device.type,
-             "dtype": compute_dtype(device), "torch": torch.__version__,
+             "dtype": training.compute_dtype(device), "torch": torch.__version__,
              "code": cache.source_hash(training, tasks, bert)}  # fmt: skip
     folder = cache.once("control", cache.key(sizes), build)
     return load_file(folder / "logits.safetensors")["logits"]
@@ -116,7 +116,7 @@ def _key(pretrained: nn.Module, task: Task, profile: Profile, seed: int, device:
         "profile": {f.name: getattr(profile, f.name) for f in fields(profile) if f.name in used},
         "seed": seed,
         "device": device.type,
-        "dtype": compute_dtype(device),
+        "dtype": training.compute_dtype(device),
         "torch": torch.__version__,
         "code": cache.source_hash(training, tasks, bert, sys.modules[__name__]),
     })  # fmt: skip

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils import bert, cache, tasks, training
-from utils.profiles import compute_dtype
 from utils.tasks import Split, Task
 
 Need = tuple[str, int]
@@ -251,7 +250,7 @@ def cached_teacher(
     ids = hashlib.sha256(json.dumps(split.input_ids).encode()).hexdigest()
     name = cache.key({
         "teacher": bert.fingerprint(model), "ids": ids, "wanted": wanted, "dtype": dtype, "device": device.type,
-        "compute": compute_dtype(device), "torch": torch.__version__,
+        "compute": training.compute_dtype(device), "torch": torch.__version__,
         "code": cache.source_hash(training, tasks, bert, sys.modules[__name__]),
     })  # fmt: skip
     build = _Builder(model, split, task.tokenizer.pad_token_id, wanted, dtype)
