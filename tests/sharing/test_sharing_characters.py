@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from utils import artifacts, bert, contract, costs, language, profiles
+from utils import tables as word_tables
 from utils.language import LanguageModel, Masking
 from utils.parts.characters import BEGIN, CONTINUE, END, FIRST, PAD, UNKNOWN, CharacterBiLSTM, CharacterCNN, Highway
-from utils.sharing import characters, tables
+from utils.sharing import characters
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SMALL = {"character_size": 5, "widths": (1, 2, 4), "filters": (3, 4, 6), "highways": 2}
@@ -130,7 +131,7 @@ def test_what_cannot_be_spelled_or_built_is_refused(table, spelling):
 
 
 def in_place(model: nn.Module, vectors) -> nn.Module:
-    tables.replace_table(model, vectors)
+    word_tables.replace_table(model, vectors)
     return model.eval()
 
 
@@ -335,7 +336,7 @@ def test_regression_comes_nearer_and_padding_stays_nothing(table, spelling):
         target = make(table, spelling, seed=1).expanded().weight.detach()  # what such a part can make
         vectors = make(target, spelling)
         before = squared_error(vectors, target, torch.ones(100))
-        tables.regress(vectors, target, steps=50, learning_rate=1e-2, batch_size=64)
+        word_tables.regress(vectors, target, steps=50, learning_rate=1e-2, batch_size=64)
         assert squared_error(vectors, target, torch.ones(100)) < 0.9 * before
         assert not vectors.characters.weight[PAD].any()
 

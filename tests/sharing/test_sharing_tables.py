@@ -9,6 +9,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from utils import artifacts, contract, encodings
+from utils import tables as word_tables
 from utils.parts.embeddings import FactorizedVectors, ReferenceVectors, SlimVectors, SparseVectors, TwoComponentVectors
 from utils.sharing import tables
 from utils.sharing.words import factorized_vectors
@@ -42,43 +43,43 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def test_a_table_of_full_width_in_the_tables_place_changes_nothing(tiny, batch):
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    before, table = tiny(**inputs).logits, tables.word_table(tiny)
-    tables.replace_table(tiny, factorized_vectors(table, 32))
+    before, table = tiny(**inputs).logits, word_tables.word_table(tiny)
+    word_tables.replace_table(tiny, factorized_vectors(table, 32))
     assert not tiny.bert.embeddings.word_embeddings.training
     torch.testing.assert_close(tiny(**inputs).logits, before, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(tables.word_table(tiny), table, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(word_tables.word_table(tiny), table, atol=1e-5, rtol=1e-4)
     for wrong in (FactorizedVectors(99, 32, 4), FactorizedVectors(100, 16, 4)):
         with pytest.raises(ValueError, match="needs vectors for 100 words of width 32"):
-            tables.replace_table(tiny, wrong)
+            word_tables.replace_table(tiny, wrong)
 
 
 # --- fitting and comparing ------------------------------------------------------------------------------------------
 
 
 def test_words_are_counted():
-    assert tables.word_counts(split_of([1, 2, 2], [5, 2]), 7).tolist() == [0, 1, 3, 0, 0, 1, 0]
+    assert word_tables.word_counts(split_of([1, 2, 2], [5, 2]), 7).tolist() == [0, 1, 3, 0, 0, 1, 0]
     with pytest.raises(ValueError, match="hold id 5, the vocabulary ends at 4"):
-        tables.word_counts(split_of([5]), 5)
+        word_tables.word_counts(split_of([5]), 5)
 
 
 def test_regression_finds_a_table_that_it_can_make_and_leaves_words_that_it_never_draws():
     table, vectors = vectors_for().expanded().weight.detach() * 20, vectors_for()
     fresh = [p.detach().clone() for p in vectors.parameters()]
-    losses = tables.regress(vectors, table, steps=400, learning_rate=0.05, batch_size=256)
+    losses = word_tables.regress(vectors, table, steps=400, learning_rate=0.05, batch_size=256)
     assert len(losses) == 400 and losses[-1] < 1e-3 * losses[0]
     with torch.no_grad():
         for parameter, value in zip(vectors.parameters(), fresh, strict=True):
             parameter.copy_(value)
     counts = torch.zeros(100)
     counts[10:20] = 1
-    tables.regress(vectors, table, steps=5, learning_rate=0.05, batch_size=64, counts=counts)
+    word_tables.regress(vectors, table, steps=5, learning_rate=0.05, batch_size=64, counts=counts)
     moved = (vectors.table != fresh[0]).any(1)
     assert moved.nonzero().flatten().tolist() == list(range(10, 20)) and vectors.training
     for wrong in (torch.zeros(100), torch.ones(99), -torch.ones(100)):
         with pytest.raises(ValueError, match="100 numbers of at least 0"):
-            tables.regress(vectors, table, steps=1, learning_rate=0.1, counts=wrong)
+            word_tables.regress(vectors, table, steps=1, learning_rate=0.1, counts=wrong)
     with pytest.raises(ValueError, match=r"shape \(100, 32\)"):
-        tables.regress(vectors, table[:50], steps=1, learning_rate=0.1)
+        word_tables.regress(vectors, table[:50], steps=1, learning_rate=0.1)
 
 
 def test_the_first_step_of_regression_is_adams_on_the_mean_squared_error():
@@ -88,7 +89,7 @@ def test_the_first_step_of_regression_is_adams_on_the_mean_squared_error():
     reference.load_state_dict(vectors.state_dict())
     counts = torch.zeros(100)
     counts[7] = 3
-    (loss,) = tables.regress(vectors, table, steps=1, learning_rate=0.1, batch_size=5, counts=counts)
+    (loss,) = word_tables.regress(vectors, table, steps=1, learning_rate=0.1, batch_size=5, counts=counts)
     error = reference.compose(torch.tensor([7])) - table[7]
     assert loss == pytest.approx(error.square().mean().item(), rel=1e-5)
     error.square().mean().backward()
@@ -99,29 +100,29 @@ def test_the_first_step_of_regression_is_adams_on_the_mean_squared_error():
 def test_reconstruction_by_hand():
     table = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]])
     made = torch.tensor([[6.0, 8.0], [0.0, 1.0], [0.0, 1.0]])
-    found = tables.reconstruction(made, table, torch.tensor([1, 3, 0]))
+    found = word_tables.reconstruction(made, table, torch.tensor([1, 3, 0]))
     assert found == pytest.approx({"cosine": 2 / 3, "cosine_by_count": 1 / 4, "relative_error": (25 + 2 + 1) / 30})
     vectors = vectors_for()
-    assert tables.reconstruction(vectors, vectors.weight.detach())["relative_error"] == pytest.approx(0, abs=1e-10)
-    assert "cosine_by_count" not in tables.reconstruction(vectors, vectors.weight.detach())
+    assert word_tables.reconstruction(vectors, vectors.weight.detach())["relative_error"] == pytest.approx(0, abs=1e-10)
+    assert "cosine_by_count" not in word_tables.reconstruction(vectors, vectors.weight.detach())
 
 
 def test_neighbours_are_those_of_a_loop_and_special_tokens_are_none(tokenizer):
     table = torch.randn(len(PIECES), 8)
     table[1] = table[PIECES.index("good")]  # [unused0] points the same way, and must not show
-    found = tables.neighbours(table, tokenizer, ["good", "film"], 3)
+    found = word_tables.neighbours(table, tokenizer, ["good", "film"], 3)
     for word in ("good", "film"):
         own = table[PIECES.index(word)]
         ranked = sorted((p for p in PIECES if p != word and not p.startswith("[")),
                         key=lambda p: -cosine_similarity(own, table[PIECES.index(p)], dim=0).item())  # fmt: skip
         assert found.loc[word].tolist() == ranked[:3]
     with pytest.raises(ValueError, match="no pieces of the vocabulary: movie"):
-        tables.neighbours(table, tokenizer, ["good", "movie"])
+        word_tables.neighbours(table, tokenizer, ["good", "movie"])
     ids = torch.tensor([8, 9, 10])
-    assert tables.neighbours_kept(table, table, ids, 5) == 1
+    assert word_tables.neighbours_kept(table, table, ids, 5) == 1
     changed = table.clone()
     changed[torch.randperm(len(table))] = table
-    assert tables.neighbours_kept(changed, table, ids, 5) < 0.5
+    assert word_tables.neighbours_kept(changed, table, ids, 5) < 0.5
 
 
 # --- bytes ----------------------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def test_neighbours_are_those_of_a_loop_and_special_tokens_are_none(tokenizer):
 def test_whole_numbers_come_back_and_take_their_bits(choices, bits):
     codes = torch.randint(0, choices, (40, 5))
     codes[0, :2] = torch.tensor([0, choices - 1])
-    item = tables.whole_numbers(codes.to(torch.int32), choices)
+    item = word_tables.whole_numbers(codes.to(torch.int32), choices)
     assert torch.equal(encodings.decode(item).long(), codes)
     assert item.parts["codes"].nbytes == -(-200 * bits // 8)
 
@@ -141,16 +142,16 @@ def test_counted_bytes_are_those_of_the_file(tiny, tmp_path):
     fresh = artifacts.save(tiny, tmp_path / "dense")
     for vectors in (SparseVectors(100, 32, 20, 3), TwoComponentVectors(100, 32, 10, 10), ReferenceVectors(100, 32, 8, 16),
                     SlimVectors(100, 32, 4, 40), FactorizedVectors(100, 32, 4)):  # fmt: skip
-        tables.replace_table(tiny, vectors)
-        given = tables.packed(tiny)
+        word_tables.replace_table(tiny, vectors)
+        given = word_tables.packed(tiny)
         items = artifacts.encode_model(tiny, given)
-        mine = sum(item.nbytes for name, item in items.items() if name.startswith(tables.PLACE))
-        assert tables.stored_bytes(vectors) == mine
-        assert set(given) == {f"{tables.PLACE}.{name}" for name in tables.pack(vectors)}
+        mine = sum(item.nbytes for name, item in items.items() if name.startswith(word_tables.PLACE))
+        assert word_tables.stored_bytes(vectors) == mine
+        assert set(given) == {f"{word_tables.PLACE}.{name}" for name in word_tables.pack(vectors)}
         # what stands in the file beyond the tensors is its header, which says a little more of a part
         saved = artifacts.save(tiny, tmp_path / "part", given)
         assert abs(fresh["stored_bytes"] - 100 * 32 * 4 + mine - saved["stored_bytes"]) < 1500
-    assert tables.pack(nn.Embedding(10, 4)) == {} and tables.stored_bytes(nn.Embedding(10, 4)) == 160
+    assert word_tables.pack(nn.Embedding(10, 4)) == {} and word_tables.stored_bytes(nn.Embedding(10, 4)) == 160
 
 
 @pytest.mark.method("S-10", "S-11", "S-12", "S-13", "S-14", "S-15")
@@ -163,9 +164,9 @@ def test_sizes_fill_the_budget():
     grow = {"S-10": {"bases": 1}, "S-11": {"columns": 1}, "S-12": {"blocks": sizes["S-12"]["blocks"]}, "S-14": {"pool": 4},
             "S-15": {"size": 1}}  # fmt: skip
     for name, maker in makers.items():
-        assert tables.stored_bytes(maker(**sizes[name])) <= budget
+        assert word_tables.stored_bytes(maker(**sizes[name])) <= budget
         larger = sizes[name] | {key: sizes[name][key] + more for key, more in grow[name].items()}
-        assert (name == "S-12" and larger["blocks"] > 32) or tables.stored_bytes(maker(**larger)) > budget
+        assert (name == "S-12" and larger["blocks"] > 32) or word_tables.stored_bytes(maker(**larger)) > budget
     with pytest.raises(ValueError, match="do not hold the smallest table"):
         tables.sizes_for(1000, 300, 32)
 
@@ -275,7 +276,7 @@ def test_trimmed_models_keep_the_contract(tiny, trimming, tmp_path):
 
 
 def test_a_trimmed_table_means_the_pieces_that_spell_a_word(tiny, trimming):
-    table = tables.word_table(tiny)
+    table = word_tables.word_table(tiny)
     table[0] = 0.7
     vectors = tables.trimmed_vectors(table, trimming)
     torch.testing.assert_close(vectors(trimming.kept), table[trimming.kept])  # [PAD] too

@@ -15,7 +15,7 @@ from small_task import task_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils import artifacts, bert, contract, costs, parts, profiles, training
+from utils import artifacts, bert, contract, costs, parts, profiles, replacing, training
 from utils.parts import shared
 from utils.parts.attention import quaternion_attention
 from utils.parts.linear import LowRankLinear
@@ -108,7 +108,7 @@ def test_padding_changes_nothing_and_expansion_is_exact(name, tiny, batch):
     alone = {key: batch[key][2:3, :5] for key in INPUTS}
     expected = model(**inputs(batch)).logits
     torch.testing.assert_close(expected[2:3], model(**alone).logits, atol=1e-5, rtol=1e-4)
-    plain = weights.expand(model)
+    plain = replacing.expand(model)
     torch.testing.assert_close(plain(**inputs(batch)).logits, expected, atol=1e-5, rtol=1e-4)
     left = {type(part) for part in parts.find(plain).values()}
     assert left == ({LowRankLinear} if name.startswith("factors") else set())
@@ -138,8 +138,8 @@ def test_a_refused_change_leaves_the_model_as_it_was(tiny):
 
 
 def test_kept_and_buckets_by_hand():
-    assert weights.kept(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])) == pytest.approx(9 / 25)
-    assert weights.kept(torch.ones(2), torch.zeros(2)) == 0 and weights.kept(torch.ones(2), torch.full((2,), 3.0)) == -3
+    assert replacing.kept(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])) == pytest.approx(9 / 25)
+    assert replacing.kept(torch.ones(2), torch.zeros(2)) == 0 and replacing.kept(torch.ones(2), torch.full((2,), 3.0)) == -3
     assert (weights.buckets_for(100, 8), weights.buckets_for(3, 8), weights.buckets_for(7, 1)) == (12, 1, 7)
     with pytest.raises(ValueError, match="1 or more"):
         weights.buckets_for(100, 0.5)
@@ -229,7 +229,7 @@ def test_the_start_is_least_squares(tiny):
     basis = torch.stack([shared.signed_values(one, part.place).flatten() for one in torch.eye(len(part.values))], 1)
     expected = np.linalg.lstsq(basis.double().numpy(), W.flatten().double().numpy(), rcond=None)[0]
     torch.testing.assert_close(part.values.detach().double(), torch.from_numpy(expected), atol=1e-6, rtol=1e-5)
-    assert found[f"{FIRST}.weight"] == pytest.approx(weights.kept(W, part.weight), rel=1e-5)
+    assert found[f"{FIRST}.weight"] == pytest.approx(replacing.kept(W, part.weight), rel=1e-5)
     seeds = {module.seed for module in tiny.modules() if isinstance(module, shared.HashedLinear)}
     assert seeds == {2, 3} and part.options() == {"in_features": 32, "out_features": 64, "bias": True, "buckets": 256, "seed": 2}
     assert set(part.state_dict()) == {"values", "bias"}  # no index is stored
@@ -241,10 +241,10 @@ def test_a_hash_keeps_what_chance_keeps():
     W, shares = torch.randn(40, 50) + 1, []  # a mean that is not 0: random sharing without signs keeps it
     for seed in range(40):
         place = shared.signed_buckets(torch.arange(40)[:, None], torch.arange(50), 250, seed)
-        shares.append(weights.kept(W, shared.signed_values(weights.hashed_means(W, place, 250), place)))
+        shares.append(replacing.kept(W, shared.signed_values(weights.hashed_means(W, place, 250), place)))
     assert np.mean(shares) == pytest.approx((1 - np.exp(-8)) / 8, abs=4 * np.std(shares) / 40**0.5)
     unsigned = weights.bucket_means(W, place % 250, 250)
-    assert weights.kept(W, unsigned[place % 250]) > 0.5
+    assert replacing.kept(W, unsigned[place % 250]) > 0.5
     counts = torch.bincount((place % 250).flatten(), minlength=250).double()
     assert ((counts - 8) ** 2 / 8).sum().item() == pytest.approx(250, abs=4 * 500**0.5)  # chi squared: buckets are filled evenly
     assert (place >= 250).double().mean().item() == pytest.approx(0.5, abs=0.05)
@@ -333,9 +333,9 @@ def test_the_fit_never_grows_and_beats_half_the_rank():
         half = (singular[:, rank // 2 :].sum() / singular.sum()).item()
         assert errors[0] == pytest.approx(half, rel=1e-4)  # the nearest matrix of half the rank, Eckart and Young
         assert all(after < before - 1e-6 for before, after in itertools.pairwise(errors)) and errors[-1] < half - 0.02
-        assert 1 - weights.kept(W, shared.toeplitz_matrix(g, h)) == pytest.approx(errors[-1], rel=1e-5)
+        assert 1 - replacing.kept(W, shared.toeplitz_matrix(g, h)) == pytest.approx(errors[-1], rel=1e-5)
         far = shared.toeplitz_matrix(*weights.displacement_start(W, rank))
-        assert weights.kept(W, far) < -1  # the displacement's SVD alone would be worse than zeros
+        assert replacing.kept(W, far) < -1  # the displacement's SVD alone would be worse than zeros
     assert weights.fit_toeplitz(W, 24, 1)[2][-1] < 1e-6  # every matrix has a displacement of rank n
     T = torch.from_numpy(scipy.linalg.toeplitz(torch.randn(24), torch.randn(24)))
     assert weights.fit_toeplitz(torch.linalg.inv(T), 2, 1)[2][-1] < 1e-6
@@ -354,8 +354,8 @@ def test_blocks_of_a_wide_and_of_a_high_matrix(tiny):
             expected = shared.toeplitz_matrix(part.g[row, column], part.h[row, column])
             piece = slice(32 * row, 32 * row + 32), slice(32 * column, 32 * column + 32)
             torch.testing.assert_close(part.weight[piece], expected)
-            assert weights.kept(W[piece], expected) > 0.5
-        assert found[f"{path}.weight"] == pytest.approx(weights.kept(W, part.weight), rel=1e-5)
+            assert replacing.kept(W[piece], expected) > 0.5
+        assert found[f"{path}.weight"] == pytest.approx(replacing.kept(W, part.weight), rel=1e-5)
         assert sum(p.numel() for p in (part.g, part.h)) == 2 * 16 * W.numel() // 32
 
 
@@ -552,4 +552,4 @@ def test_families_of_layers_and_of_states(tiny):
     first, second = (tiny.get_submodule(path) for path in dense)
     assert first.right is second.right
     for (path, W), part in zip(dense.items(), (first, second), strict=True):
-        assert found[f"{path}.weight"] == pytest.approx(weights.kept(W, part.left @ part.right), rel=1e-4)
+        assert found[f"{path}.weight"] == pytest.approx(replacing.kept(W, part.left @ part.right), rel=1e-4)

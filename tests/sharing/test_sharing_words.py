@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AlbertConfig, AlbertModel
 
 from utils import artifacts, bert, contract, costs, encodings, language, parts
+from utils import tables as word_tables
 from utils.parts.embeddings import (
     FactorizedVectors,
     ReferenceVectors,
@@ -64,9 +65,9 @@ MADE = {
 def test_every_table_comes_back_in_a_fresh_process(tiny, table, tmp_path):
     for name, make in MADE.items():
         model = bert.fresh_copy(tiny)
-        tables.replace_table(model, make(table))
+        word_tables.replace_table(model, make(table))
         path = tmp_path / f"{name}.safetensors"
-        artifacts.save(model, path, tables.packed(model))
+        artifacts.save(model, path, word_tables.packed(model))
         contract.write(path, model, 7)
     done = subprocess.run([sys.executable, "-m", "utils.contract", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -83,7 +84,7 @@ def test_a_table_is_what_it_says(name, tiny, table):
     again = parts.build(vectors.kind, vectors.options())
     again.load_state_dict(vectors.state_dict())
     torch.testing.assert_close(again.weight, vectors.weight)
-    tables.replace_table(tiny, vectors)
+    word_tables.replace_table(tiny, vectors)
     for length in (1, 9):
         assert costs.macs(tiny, length, 2) == costs.measured_macs(tiny, length, 2)
     vectors(ids).sum().backward()
@@ -95,7 +96,7 @@ def test_a_table_is_what_it_says(name, tiny, table):
 def test_padding_has_a_vector_that_no_sentence_sees(name, tiny, table, batch):
     vectors = MADE[name](table)
     assert vectors(torch.tensor([0])).abs().sum() > 0
-    tables.replace_table(tiny, vectors)
+    word_tables.replace_table(tiny, vectors)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     other = inputs | {"input_ids": torch.where(inputs["attention_mask"] == 0, 7, inputs["input_ids"])}
     torch.testing.assert_close(tiny(**inputs).logits, tiny(**other).logits)
@@ -286,9 +287,9 @@ def test_words_find_their_cells_again_and_rounds_lower_the_error(table):
     vectors, log = words.light_rnn(table, rounds=4, size=50)
     errors = [entry["relative_error"] for entry in log]
     start = words.two_component_vectors(table, words.Allocation.at_random(VOCABULARY))
-    begin = tables.reconstruction(start, table)["relative_error"]
+    begin = word_tables.reconstruction(start, table)["relative_error"]
     assert [begin, *errors] == sorted([begin, *errors], reverse=True) and errors[-1] < 0.8 * begin
-    assert tables.reconstruction(vectors, table)["relative_error"] == pytest.approx(errors[-1], rel=1e-3)
+    assert word_tables.reconstruction(vectors, table)["relative_error"] == pytest.approx(errors[-1], rel=1e-3)
     assert log[0]["moved"] > 0.5 and log[-1]["moved"] < log[0]["moved"]
     counts = torch.ones(VOCABULARY)
     counts[::10] = 30
@@ -306,7 +307,7 @@ def test_words_find_their_cells_again_and_rounds_lower_the_error(table):
 @pytest.fixture
 def light(tiny, table) -> words.LightLanguageModel:
     """A full table of 10 x 10: every cell is a word."""
-    tables.replace_table(tiny, words.two_component_vectors(table, words.Allocation.at_random(VOCABULARY)))
+    word_tables.replace_table(tiny, words.two_component_vectors(table, words.Allocation.at_random(VOCABULARY)))
     model = words.LightLanguageModel(tiny.bert).eval()
     nn.init.normal_(model.head.bias)
     return model
@@ -386,7 +387,7 @@ def test_block_kmeans_is_product_quantization_and_sklearns_kmeans(table):
     theirs = ProductQuantizer(table, 8, 4, fit=Fit(iterations=6, seed=1))
     torch.testing.assert_close(vectors.expanded().weight, theirs.quantize(table))
     item = theirs.encode(table)
-    assert item.parts["codes"].nbytes == tables.pack(vectors)["codes"].parts["codes"].nbytes == VOCABULARY * 8 // 2
+    assert item.parts["codes"].nbytes == word_tables.pack(vectors)["codes"].parts["codes"].nbytes == VOCABULARY * 8 // 2
     mine = encodings.product(vectors.codes.T, vectors.references.detach(), table.shape, 4)
     torch.testing.assert_close(encodings.decode(mine), vectors.expanded().weight)
     order = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(1))
@@ -400,7 +401,9 @@ def test_block_kmeans_is_product_quantization_and_sklearns_kmeans(table):
 
 @pytest.mark.method("S-13")
 def test_a_sample_is_enough_and_an_unused_reference_stays(table):
-    error = [tables.reconstruction(words.block_kmeans(table, 8, 16, sample=size), table)["relative_error"] for size in (None, 50)]
+    error = [
+        word_tables.reconstruction(words.block_kmeans(table, 8, 16, sample=size), table)["relative_error"] for size in (None, 50)
+    ]
     assert error[0] < error[1] < 1.5 * error[0]
     references = torch.cat([table[:3, :4], torch.full((1, 4), 99.0)]).unsqueeze(0)
     codes = words.nearest_references(table[:, :4], references)
@@ -450,7 +453,7 @@ def test_the_constraint_inside_training_finds_the_weighted_mean_that_kmeans_cann
     torch.testing.assert_close(training.references[0, 0], best, atol=1e-3, rtol=0)
     assert training.gap[-1] < 1e-6 < training.gap[0]
     training.finish(model)
-    torch.testing.assert_close(tables.word_table(model), best.expand(12, -1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(word_tables.word_table(model), best.expand(12, -1), atol=1e-3, rtol=0)
 
 
 @pytest.mark.method("S-12")
@@ -459,7 +462,7 @@ def test_codes_change_in_training_and_the_constrained_loss_beats_kmeans(table):
     weights[::4] = 20
     start = words.block_kmeans(table, 4, 5)
     held, model, posthoc = (TableModel(table, weights) for _ in range(3))
-    tables.replace_table(posthoc, start)
+    word_tables.replace_table(posthoc, start)
     # A strong pull keeps the codes, and the references become the weighted means, in closed form.
     strong = words.ReferenceTraining(held, start, strength=20.0, every=10)
     train_shared(held, strong, 600, 0.02)

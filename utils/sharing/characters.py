@@ -20,7 +20,8 @@ from utils import tasks, training
 from utils.language import IGNORED, LanguageModel, Masking
 from utils.parts.characters import BEGIN, CONTINUE, END, FIRST, PAD, UNKNOWN, CharacterBiLSTM, CharacterCNN, CharacterVectors
 from utils.profiles import Profile
-from utils.sharing.tables import INSIDE, SPECIAL, check_special, word_counts
+from utils.sharing.tables import INSIDE, SPECIAL, check_special
+from utils.tables import word_counts
 from utils.tasks import Split, Task
 from utils.training import Loss, TrainingLog
 

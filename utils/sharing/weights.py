@@ -6,7 +6,6 @@ family can keep is what `kept` says: 1 - |W - W'|^2 / |W|^2, the share of its sq
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -16,7 +15,6 @@ from utils.encodings import Encoded
 from utils.parts.linear import LowRankLinear, in_place_of
 from utils.parts.shared import (
     HAMILTON_SIGNS,
-    ComposedLinear,
     HashedLinear,
     HashedVectors,
     QuaternionLinear,
@@ -26,37 +24,13 @@ from utils.parts.shared import (
     toeplitz_matrix,
     unit_roots,
 )
-from utils.sharing.tables import whole_numbers
+from utils.replacing import kept, replace_linear, take_place
+from utils.tables import whole_numbers
 
 FFN = ("ffn_in", "ffn_out")
-Make = Callable[[nn.Linear, int], ComposedLinear]
 
 
-# --- replacing, expanding -------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def share_linear(model: nn.Module, groups: tuple[str, ...], make: Make) -> dict[str, float]:
-    """Put `make(linear, number)` in the place of every linear layer of the groups; returns what was `kept` of each matrix.
-
-    `number` counts the matrices from 0, so that each can have a seed of its own. Raises ValueError for embedding groups; where
-    `make` does, the model stays as it was.
-    """
-    matrices = bert.linear_matrices(model, groups)
-    made = {matrix.name: make(matrix.module, number) for number, matrix in enumerate(matrices)}
-    return {matrix.name: take_place(model, matrix, made[matrix.name], made[matrix.name].weight) for matrix in matrices}
-
-
-def take_place(model: nn.Module, matrix: bert.Matrix, part: parts.Part, weight: torch.Tensor) -> float:
-    """Put a part whose matrix is `weight` in the place of a linear layer; returns what is `kept` of the layer's matrix."""
-    share = kept(matrix.weight, weight)
-    model.set_submodule(matrix.name.removesuffix(".weight"), part.train(model.training))
-    return share
-
-
-def kept(before: torch.Tensor, after: torch.Tensor) -> float:
-    """1 - |before - after|^2 / |before|^2: 1 for equal matrices, 0 for zeros in place of one."""
-    return 1 - ((before - after).abs().square().sum() / before.abs().square().sum()).item()
+# --- S-05 random sharing with an index ------------------------------------------------------------------------------
 
 
 def buckets_for(weights: int, ratio: float) -> int:
@@ -64,22 +38,6 @@ def buckets_for(weights: int, ratio: float) -> int:
     if ratio < 1:
         raise ValueError(f"the ratio of weights to values must be 1 or more, got {ratio}")
     return max(1, round(weights / ratio))
-
-
-@torch.no_grad()
-def expand(model: nn.Module) -> nn.Module:
-    """A copy with a plain layer or table for every part that can be one: how a user with memory to spare would run the model.
-
-    Its logits are the same; only its milliseconds and megabytes differ.
-    """
-    plain = bert.fresh_copy(model)
-    for path, part in parts.find(plain).items():
-        if hasattr(part, "expanded"):
-            plain.set_submodule(path, part.expanded())
-    return plain.eval()
-
-
-# --- S-05 random sharing with an index ------------------------------------------------------------------------------
 
 
 def bucket_means(weight: torch.Tensor, bucket: torch.Tensor, buckets: int) -> torch.Tensor:
@@ -107,7 +65,7 @@ def share_randomly(model: nn.Module, groups: tuple[str, ...] = FFN, ratio: float
         part.values.copy_(bucket_means(linear.weight, part.index, buckets))
         return part
 
-    return share_linear(model, groups, make)
+    return replace_linear(model, groups, make)
 
 
 def packed_index(model: nn.Module) -> dict[str, Encoded]:
@@ -142,7 +100,7 @@ def hash_weights(model: nn.Module, groups: tuple[str, ...] = FFN, ratio: float =
         part.values.copy_(hashed_means(linear.weight, part.place, buckets))
         return part
 
-    return share_linear(model, groups, make)
+    return replace_linear(model, groups, make)
 
 
 @torch.no_grad()
@@ -279,7 +237,7 @@ def toeplitz_like(
         part.h.copy_(h)
         return part
 
-    return share_linear(model, groups, make)
+    return replace_linear(model, groups, make)
 
 
 # --- S-08 quaternions -----------------------------------------------------------------------------------------------
@@ -312,7 +270,7 @@ def quaternion_layers(model: nn.Module, groups: tuple[str, ...] = bert.ENCODER) 
             part.bias.copy_(linear.bias)
         return part
 
-    return share_linear(model, groups, make)
+    return replace_linear(model, groups, make)
 
 
 @torch.no_grad()

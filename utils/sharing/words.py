@@ -20,7 +20,7 @@ from transformers import BertModel
 from utils import tasks, training
 from utils.language import IGNORED, LanguageHead, Masking
 from utils.parts.embeddings import FactorizedVectors, ReferenceVectors, SlimVectors, SparseVectors, TwoComponentVectors
-from utils.sharing.tables import PLACE, replace_table, word_table
+from utils.tables import PLACE, replace_table, word_table
 from utils.tasks import Split
 from utils.training import Loss
 
