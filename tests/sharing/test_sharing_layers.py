@@ -107,7 +107,8 @@ def cut(model: nn.Module) -> nn.Module:
 
 SHARED = {"all": shared("all"), "two groups": shared("all", 2), "ffn": shared("ffn"), "attention": shared("attention", start=2)}
 ADAPTIVE = {"universal": universal(halting_bias=-1.0), "blend": universal(blend=True, max_steps=3), "cut": cut,
-            "equilibrium": equilibrium(), "damped": equilibrium(window=1, mixing=0.5, max_iterations=4)}  # fmt: skip
+            "copied": universal(halting_bias=-0.5, copy_halted=True), "equilibrium": equilibrium(),
+            "damped": equilibrium(window=1, mixing=0.5, max_iterations=4), "unrolled": equilibrium(unrolled=3)}  # fmt: skip
 MADE = SHARED | ADAPTIVE
 
 
@@ -432,6 +433,35 @@ def test_every_token_halts_as_if_it_were_alone(blend):
 
 
 @pytest.mark.method("S-17")
+@pytest.mark.parametrize("copied", [False, True])
+def test_others_see_what_a_token_halted_with_only_where_it_is_copied(copied):
+    """Two tokens; the second halts after one step and is looked at by the first, whose states are twice what it sees there."""
+    p = torch.tensor([[0.2, 0.995], [0.3, 0.5], [0.6, 0.5]]).unsqueeze(1).requires_grad_()
+
+    def step(number: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return p[number], torch.stack([2 * states[:, 1], 3 * states[:, 1]], 1)
+
+    out, halting = adaptive_computation(step, torch.ones(1, 2, 1), torch.ones(1, 2, dtype=torch.bool), 3, copy_halted=copied)
+    seen = [1, 3, 3] if copied else [1, 3, 9]  # the second token before each step: halted with 3, or carried on
+    assert halting.updates.tolist() == [[3, 1]] and out[0, 1].item() == pytest.approx(3)
+    assert out[0, 0].item() == pytest.approx(0.2 * 2 * seen[0] + 0.3 * 2 * seen[1] + 0.5 * 2 * seen[2])
+
+
+@pytest.mark.method("S-17")
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_halting_of_other_tokens_reaches_a_classifier_only_where_it_is_copied(copied, deep, batch):
+    layers.universal(deep, halting_bias=-0.5, copy_halted=copied)
+    encoder = deep.bert.encoder
+    with torch.no_grad():  # words halt at once or after a step, [CLS] goes on: the unit reads where a step's embedding has put it
+        encoder.halt.weight[0, 0], encoder.step_embeddings[1, 0] = 1.0, 1.5
+    seen = []
+    encoder.halt.register_forward_hook(lambda m, args, out: seen.append(out))
+    pulls = torch.autograd.grad(training.cross_entropy(deep, batch), seen, allow_unused=True)
+    pulls = torch.stack([pull for pull in pulls if pull is not None]).squeeze(-1)  # (steps, batch, length)
+    assert pulls[..., 0].abs().max() > 1e-6 and (pulls[..., 1:].abs().max() > 1e-6) == copied
+
+
+@pytest.mark.method("S-17")
 def test_halting_by_hand():
     halting = Halting.begin(torch.tensor([[True, True, False]]), torch.float32)
     p = torch.tensor([[0.4, 0.995, 0.0]])
@@ -643,6 +673,29 @@ def test_implicit_gradients_are_those_of_unrolled_iterations(calm, batch):
         torch.testing.assert_close(implicit[name], parameter.grad, atol=1e-7, rtol=1e-4, msg=name)
     assert passes[0].forward.residuals.amin(0).max() < 1e-11 and passes[0].backward.residuals.amin(0).max() < 1e-11
     torch.testing.assert_close(passes[0].forward.fixed_point, states.detach())
+
+
+@pytest.mark.method("S-18")
+def test_unrolled_passes_end_where_the_plain_iteration_does(calm, batch):
+    """And a contracting layer's implicit gradient is the limit of theirs."""
+    equilibrium(start=1, unrolled=3)(calm.double())
+    encoder, real = calm.bert.encoder, batch["attention_mask"].bool()[..., None]
+    x = calm.bert.embeddings(batch["input_ids"])
+    mask = torch.where(batch["attention_mask"].bool(), 0.0, -1e30)[:, None, None].double()
+    states = torch.zeros_like(x)
+    for _ in range(3):
+        states = torch.where(real, encoder.layer[0](states + encoder.inject(x), mask), 0.0)
+    torch.testing.assert_close(calm.bert(**inputs(batch)).last_hidden_state, states)
+    found = {}
+    for encoder.unrolled in (3, 150, 0):
+        encoder.solver = Anderson(**TIGHT)
+        training.cross_entropy(calm, batch).backward()
+        found[encoder.unrolled] = encoder.inject.weight.grad.clone()
+        calm.zero_grad()
+    torch.testing.assert_close(found[0], found[150], atol=1e-7, rtol=1e-4)
+    assert (found[0] - found[3]).norm() > 1e-3 * found[0].norm()
+    with pytest.raises(ValueError, match="unrolled"):
+        layers.equilibrium(make(), unrolled=-1)
 
 
 @pytest.mark.method("S-17", "S-18")

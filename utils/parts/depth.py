@@ -138,19 +138,23 @@ def ponder_cost(halting: Halting) -> torch.Tensor:
 
 
 def adaptive_computation(
-    step: Step, states: torch.Tensor, real: torch.Tensor, max_steps: int, threshold: float = 0.99, blend: bool = False
-) -> tuple[torch.Tensor, Halting]:
+    step: Step, states: torch.Tensor, real: torch.Tensor, max_steps: int, threshold: float = 0.99, blend: bool = False,
+    copy_halted: bool = False,
+) -> tuple[torch.Tensor, Halting]:  # fmt: skip
     """Repeat `step` on states (batch, length, hidden) until every real token has halted, at most `max_steps` times.
 
     Returns, in the shape of the states, sum_i p_i x_i over each token's steps (Graves 2016; `accumulated` in the code of
     Dehghani et al. 2018), or with `blend` what their listing does: x <- p_i x_i + (1 - p_i) x, from zero, whose weights sum to
-    less than 1. Halted tokens are carried through the step, since others look at them. Padding becomes zero.
+    less than 1. Halted tokens are carried through the step, since others look at them; with `copy_halted` these see the sum
+    with which a token halted, as section 2 of that paper says and its code does not. Padding becomes zero.
     """
     mixed, halting = torch.zeros_like(states), Halting.begin(real, states.dtype)
     for number in range(max_steps):
         p, states = step(number, states)
         weights = halting.step(p, threshold, last=number == max_steps - 1).unsqueeze(-1)
         mixed = weights * states + ((1 - weights) * mixed if blend else mixed)
+        if copy_halted:
+            states = torch.where(halting.running.unsqueeze(-1), states, mixed)
         if not halting.running.any():
             break
     return mixed, halting
@@ -163,18 +167,21 @@ class AdaptiveEncoder(OneLayerEncoder):
     the probability to halt, sigmoid(w x + b), and applies the layer. The authors' code has a threshold of 1 - 0.01, b = 1 at
     first, a weight of 0.01 on the ponder cost, and at most twice as many steps as a Transformer has layers. Here BERT's own
     position embeddings stand below, so that steps add none; and where the steps end, a token's last one takes what is left of
-    1, which the authors' code drops. Raises ValueError for less than one step and for a threshold outside (0, 1).
+    1, which the authors' code drops. Without `copy_halted` a token's halting has no part in what others see: of a classifier
+    that reads one token, only that token's halting counts. Raises ValueError for less than one step and for a threshold outside (0, 1).
     """
 
     kind = "adaptive_encoder"
 
-    def __init__(self, sizes: dict, heads: int, max_steps: int = 6, threshold: float = 0.99, blend: bool = False):
+    def __init__(
+        self, sizes: dict, heads: int, max_steps: int = 6, threshold: float = 0.99, blend: bool = False, copy_halted: bool = False
+    ):
         super().__init__(sizes, heads)
         if max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {max_steps}")
         if not 0 < threshold < 1:
             raise ValueError(f"the threshold must lie between 0 and 1, got {threshold}")
-        self.max_steps, self.threshold, self.blend = max_steps, threshold, blend
+        self.max_steps, self.threshold, self.blend, self.copy_halted = max_steps, threshold, blend, copy_halted
         self.step_embeddings = nn.Parameter(torch.zeros(max_steps, sizes["hidden_size"]))
         self.halt = nn.Linear(sizes["hidden_size"], 1)
         nn.init.zeros_(self.halt.weight)
@@ -190,13 +197,15 @@ class AdaptiveEncoder(OneLayerEncoder):
             return p, self.layer[0](states, attention_mask)
 
         real = real_tokens(hidden_states, attention_mask)
-        mixed, halting = adaptive_computation(step, hidden_states, real, self.max_steps, self.threshold, self.blend)
+        how = (self.max_steps, self.threshold, self.blend, self.copy_halted)
+        mixed, halting = adaptive_computation(step, hidden_states, real, *how)
         self.note(halting)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=mixed)
 
     def options(self) -> dict:
-        """The layer, the most steps, the threshold, and how steps are joined."""
-        return super().options() | {"max_steps": self.max_steps, "threshold": self.threshold, "blend": self.blend}
+        """The layer, the most steps, the threshold, how steps are joined, and what others see of a token that halted."""
+        names = ("max_steps", "threshold", "blend", "copy_halted")
+        return super().options() | {name: getattr(self, name) for name in names}
 
     def macs(self, length: int) -> int:
         """The most that a sequence can take: the layer and the halting unit in every step."""
@@ -346,13 +355,18 @@ class EquilibriumEncoder(OneLayerEncoder):
     layer's are those of `Anderson`, which solves forwards and backwards. BERT's layer ends in a LayerNorm, so its image is
     bounded and a fixed point exists (Brouwer); nothing says that there is but one, or that an iteration finds it. The layer has
     no dropout: it would be another function in every iteration. A tolerance below 0.004 is beyond what bfloat16 can resolve.
+
+    With `unrolled` passes it is the control: that many plain iterations from zero, all kept for the backward pass, no solver.
+    Raises ValueError where they are negative.
     """
 
     kind = "equilibrium_encoder"
 
-    def __init__(self, sizes: dict, heads: int, **solver: float):
+    def __init__(self, sizes: dict, heads: int, unrolled: int = 0, **solver: float):
+        if unrolled < 0:
+            raise ValueError(f"unrolled must not be negative, got {unrolled}")
         super().__init__({**sizes, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, heads)
-        self.solver = Anderson(**solver)
+        self.unrolled, self.solver = unrolled, Anderson(**solver)
         self.inject = nn.Linear(sizes["hidden_size"], sizes["hidden_size"], bias=False)
         nn.init.eye_(self.inject.weight)
 
@@ -365,17 +379,24 @@ class EquilibriumEncoder(OneLayerEncoder):
         def f(states: torch.Tensor) -> torch.Tensor:
             return torch.where(real, self.layer[0](states + injected, attention_mask), 0.0)
 
+        if self.unrolled:
+            states = torch.zeros_like(hidden_states)
+            for _ in range(self.unrolled):
+                states = f(states)
+            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
         one = EquilibriumPass(f, real, find_fixed_point(f, torch.zeros_like(hidden_states), self.solver))
         states = implicit(one, self.solver) if torch.is_grad_enabled() else one.forward.image
         self.note(one)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
 
     def options(self) -> dict:
-        """The layer and the solver."""
-        return super().options() | asdict(self.solver)
+        """The layer, the passes of the control, and the solver."""
+        return super().options() | {"unrolled": self.unrolled} | asdict(self.solver)
 
     def macs(self, length: int) -> int:
         """The most that a sequence can take: the injection, the layer in every iteration, and the extrapolations between."""
+        if self.unrolled:
+            return macs_inside(self.inject, length) + self.unrolled * macs_inside(self.layer, length)
         few = [min(done, self.solver.window) for done in range(1, self.solver.max_iterations)]
         extrapolations = length * self.inject.in_features * sum(n * n + n for n in few)
         layers = self.solver.max_iterations * macs_inside(self.layer, length)

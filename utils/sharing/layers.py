@@ -279,7 +279,7 @@ def universal(
 
     `halting_bias` b is where halting begins, p = sigmoid(b): 1 in the authors' code, which lets tokens go after two steps; a
     negative one keeps the depth of the pre-trained model at first. Options are `max_steps` (by default the model's layers),
-    `threshold` and `blend`. A model whose layers are shared already begins with that layer. Survey 5.3.
+    `threshold`, `blend` and `copy_halted`. A model whose layers are shared already begins with that layer. Survey 5.3.
     """
     layers = len(model.bert.encoder.layer)
     layer = start_layer(model, list(range(layers)), start, batches)
@@ -357,7 +357,7 @@ def halting_numbers(model: nn.Module, batches: list[dict]) -> dict[str, float]:
 def equilibrium(model: nn.Module, start: Start = "mean", batches: list[dict] | None = None, **solver: float) -> None:
     """Replace the encoder, in place, by one layer's fixed point (`EquilibriumEncoder`), solved with the options of `Anderson`.
 
-    Survey 5.3.
+    With `unrolled` passes it is the control that iterates so often and keeps all. Survey 5.3.
     """
     layer = start_layer(model, list(range(len(model.bert.encoder.layer))), start, batches)
     replace_encoder(model, EquilibriumEncoder.around(layer, model.config, **solver))
