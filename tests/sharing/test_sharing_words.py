@@ -251,9 +251,13 @@ def test_reallocation_reaches_scipys_optimum_in_one_group_and_never_rises_in_sma
 def test_groups_of_a_column_exchange_rows_alone():
     allocation = words.Allocation.at_random(97)
     for kind, stays in (("column", 1), ("row", 0)):
-        groups = words.exchange_groups(allocation, kind, 7, torch.Generator())
-        assert sorted(torch.cat(groups).tolist()) == list(range(100))
-        assert all(len(group) == 10 and len(allocation.cells[group, stays].unique()) == 1 for group in groups)
+        for size, lengths in ((10, {10}), (7, {7, 3})):  # what is longer than a group may be is cut, at random
+            groups = words.exchange_groups(allocation, kind, size, torch.Generator().manual_seed(1))
+            assert sorted(torch.cat(groups).tolist()) == list(range(100))
+            assert {len(group) for group in groups} == lengths
+            assert all(len(allocation.cells[group, stays].unique()) == 1 for group in groups)
+        others = words.exchange_groups(allocation, kind, 7, torch.Generator().manual_seed(2))
+        assert {tuple(sorted(group.tolist())) for group in groups} != {tuple(sorted(group.tolist())) for group in others}
 
 
 @pytest.mark.method("S-11")

@@ -151,20 +151,22 @@ class Allocation:
 
 
 def exchange_groups(allocation: Allocation, kind: str, size: int, generator: torch.Generator) -> list[torch.Tensor]:
-    """Groups of places whose words may exchange their cells: `random` ones of a size, or all of a `column`, or of a `row`."""
+    """Groups of places whose words may exchange their cells: `random` ones of a size, or all of a `column`, or of a `row`; a column
+    or row of more than `size` is cut at random, for an assignment takes n^3 steps."""
     if kind == "random":
         return list(torch.randperm(len(allocation.cells), generator=generator).split(size))
-    key = allocation.cells[:, 1 if kind == "column" else 0]
-    return list(key.argsort(stable=True).split(allocation.rows if kind == "column" else allocation.columns))
+    key, side = (allocation.cells[:, 1], allocation.rows) if kind == "column" else (allocation.cells[:, 0], allocation.columns)
+    order = torch.randperm(len(key), generator=generator) if side > size else torch.arange(len(key))
+    return [part for group in order[key[order].argsort(stable=True)].split(side) for part in group.split(size)]
 
 
 def reallocate(allocation: Allocation, cost: Cost, words: int, sweeps: int = 1, size: int = 500, seed: int = 0) -> Allocation:
     """Move words to cells where they cost less in all, each cell holding one word at most: an assignment problem.
 
     Solved exactly (scipy's `linear_sum_assignment`) within groups that exchange their cells: the words of each column, those of
-    each row, random groups of `size`; `sweeps` times. The total never rises, and a group that holds all words gives the
-    optimum. All 30,522 words at once would take n^3 = 3e13 steps; Li et al. 2016 give an approximation for that reason, and
-    their code fills rows and then columns greedily. Raises ValueError for a size below 2.
+    each row (both in parts of at most `size`), random groups of `size`; `sweeps` times. The total never rises, and a group that
+    holds all words gives the optimum. All 30,522 words at once would take n^3 = 3e13 steps; Li et al. 2016 give an approximation
+    for that reason, and their code fills rows and then columns greedily. Raises ValueError for a size below 2.
     """
     if size < 2:
         raise ValueError(f"at least 2 words can exchange their cells, got groups of {size}")
