@@ -571,6 +571,22 @@ def test_the_factorised_table_is_the_best_of_its_width(table):
 
 
 @pytest.mark.method("S-15")
+def test_weights_turn_the_factorised_table_towards_frequent_words(table):
+    weights = torch.ones(VOCABULARY)
+    weights[::7] = 50
+    aimed, plain = words.factorized_vectors(table, 6, weights), words.factorized_vectors(table, 6)
+    mean = (weights.unsqueeze(1) * table).sum(0) / weights.sum()
+    discarded = (torch.linalg.svdvals(weights.sqrt().unsqueeze(1) * (table - mean))[6:] ** 2).sum().item()
+    error = [(weights * (made.expanded().weight - table).square().sum(1)).sum().item() for made in (aimed, plain)]
+    assert error[0] == pytest.approx(discarded, rel=1e-4) and error[0] < 0.8 * error[1]
+    again = words.factorized_vectors(table, 6, torch.full((VOCABULARY,), 3.0))
+    torch.testing.assert_close(again.expanded().weight, plain.expanded().weight, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(plain.table.norm(dim=0), plain.up.weight.norm(dim=0), atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="weights must be above 0"):
+        words.factorized_vectors(table, 6, torch.zeros(VOCABULARY))
+
+
+@pytest.mark.method("S-15")
 def test_the_factorised_table_is_transformers_albert_embedding(table):
     config = AlbertConfig(vocab_size=VOCABULARY, embedding_size=6, hidden_size=WIDTH, num_attention_heads=4, intermediate_size=8)
     theirs, vectors = AlbertModel(config).eval(), words.factorized_vectors(table, 6)

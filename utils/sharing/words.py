@@ -204,12 +204,17 @@ def group_means(values: torch.Tensor, group: torch.Tensor, count: int, weights: 
 
     Raises ValueError for a weight of 0 or less.
     """
-    weights = values.new_ones(len(values)) if weights is None else weights.to(values.device)
-    if not (weights > 0).all():
-        raise ValueError("weights must be above 0: add 1 to counts, so that no word is left out")
+    weights = values.new_ones(len(values)) if weights is None else check_weights(weights.to(values.device))
     shares = torch.cat([values, values.new_ones(len(values), 1)], 1).double() * weights.double().unsqueeze(1)
     total = shares.new_zeros(count, shares.shape[1]).index_add_(0, group, shares)
     return (total[:, :-1] / total[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)).to(values.dtype)
+
+
+def check_weights(weights: torch.Tensor) -> torch.Tensor:
+    """The weights of words, (n,), as they came. Raises ValueError for one of 0 or less."""
+    if not (weights > 0).all():
+        raise ValueError("weights must be above 0: add 1 to counts, so that no word is left out")
+    return weights
 
 
 def reconstruction_cost(
@@ -544,18 +549,21 @@ def slim_index_bytes(vectors: SlimVectors) -> int:
 
 
 @torch.no_grad()
-def factorized_vectors(table: torch.Tensor, size: int) -> FactorizedVectors:
+def factorized_vectors(table: torch.Tensor, size: int, weights: torch.Tensor | None = None) -> FactorizedVectors:
     """S-15: the nearest table of `size` dimensions around its mean, by truncated singular value decomposition.
 
     ALBERT, Lan et al. 2019 (arXiv 1909.11942), survey 5.3, trains it from scratch. The map's bias takes the mean, so the error
-    is the sum of the squared singular values of the centred table that are cut off. Raises ValueError for a size outside 1 to
-    the width.
+    is the sum of the squared singular values of the centred table that are cut off. `weights` (vocabulary,) let frequent words
+    count more: mean and directions are then those of the weighted rows, in which every word keeps its own place. Raises
+    ValueError for a size outside 1 to the width, and for a weight of 0 or less.
     """
     vectors = FactorizedVectors(*table.shape, size).to(table.device)
-    mean = table.mean(0)
-    U, S, Vh = torch.linalg.svd(table - mean, full_matrices=False)
-    root = S[:size].sqrt()
-    vectors.table.copy_(U[:, :size] * root)
-    vectors.up.weight.copy_((root.unsqueeze(1) * Vh[:size]).T)
+    weights = table.new_ones(len(table)) if weights is None else check_weights(weights.to(table))
+    mean = weights @ table / weights.sum()
+    directions = torch.linalg.svd(weights.sqrt().unsqueeze(1) * (table - mean), full_matrices=False).Vh[:size]
+    narrow = (table - mean) @ directions.T
+    root = narrow.norm(dim=0).clamp(min=torch.finfo(table.dtype).tiny).sqrt()  # both factors get an equal share of the scale
+    vectors.table.copy_(narrow / root)
+    vectors.up.weight.copy_((root.unsqueeze(1) * directions).T)
     vectors.up.bias.copy_(mean)
     return vectors
