@@ -202,7 +202,7 @@ class CharacterCNN(CharacterVectors):
     def read(self, symbols: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """The highest answer of each filter in a word, through tanh and the highway layers; (words, filters)."""
         x = self.characters(windows(symbols, max(self.widths))).flatten(1)
-        answers = torch.cat([bank(x[:, : bank.in_features]) for bank in self.filters], 1)  # narrow ones see the beginning
+        answers = torch.cat([bank(x[:, : bank.in_features]) for bank in self.filters], 1)  # narrow: the beginning
         x = highest(answers, lengths).tanh()  # tanh rises: the maximum may be taken before it
         for highway in self.highways:
             x = highway(x)

@@ -365,7 +365,7 @@ class SpellingDecoder(nn.Module):
 
     def forward(self, states: torch.Tensor, symbols: torch.Tensor) -> torch.Tensor:
         """-log p of spellings (n, longest) given states (n, hidden), (n,): every symbol is predicted from the true ones before."""
-        before = nn.functional.pad(symbols[:, :-1], (1, 0), value=PAD)  # `PAD` also says that nothing has been written yet
+        before = nn.functional.pad(symbols[:, :-1], (1, 0), value=PAD)  # `PAD`: nothing is written yet
         scores, _ = self.scores(before, self.memory(states))
         target = (symbols - 1).clamp(min=0).unsqueeze(-1)
         return -(scores.gather(2, target).squeeze(-1) * (symbols != PAD)).sum(1)
