@@ -166,9 +166,19 @@ class Board:
         trial.from_baseline, trial.student = copied is self.dense, student
         return trials.run(trial, change, steps, finish, **options)
 
-    def over_seeds(self, runs: dict[str, Callable[[int], object]]) -> Seeds:
-        """Run every way with every seed of the profile; each run returns a trial, a model or logits."""
-        return trials.over_seeds(runs, self.seeds, self.percent)
+    def over_seeds(self, runs: dict[str, Callable[[int], object]], rows: dict[str, str] | None = None) -> Seeds:
+        """Run every way with every seed of the profile; each run returns a trial, a model or logits.
+
+        `rows` names the row that a way's run with the board's own seed would only repeat: it is read, and nothing is trained twice.
+        """
+        rows = rows or {}
+
+        def found(name: str, one: Callable[[int], object], seed: int) -> object:
+            return self._logits[rows[name]] if name in rows and seed == self.seed else one(seed)
+
+        return trials.over_seeds(
+            {name: functools.partial(found, name, one) for name, one in runs.items()}, self.seeds, self.percent
+        )
 
     def calibration(self, seed: int = 0) -> list[dict]:
         """Batches of training sentences for scoring weights; the same for every method."""
@@ -244,14 +254,18 @@ class Board:
         return found[-1]
 
     def compare(self, first: str, second: str) -> str:
-        """A sentence: by how much the row `first` is better than the row `second`, with the paired interval."""
+        """A sentence: which of two rows is better, and by how much: the gain of the better one with its paired interval.
+
+        Where no difference can be shown it is the gain of `first`.
+        """
         gain = self.points(self._logits[first], self._logits[second])
-        interval = f"[{gain.low:+.1f}, {gain.high:+.1f}]"
         if gain.low <= 0 <= gain.high:
-            text = f"{first} and {second}: no difference that {gain.n} sentences can show ({gain.value:+.1f} points {interval})."
+            found = f"{gain.value:+.1f} points [{gain.low:+.1f}, {gain.high:+.1f}]"
+            text = f"{first} and {second}: no difference that {gain.n} sentences can show ({found})."
         else:
             better, worse = (first, second) if gain.value > 0 else (second, first)
-            text = f"{better} is {abs(gain.value):.1f} points better than {worse} ({gain.value:+.1f} {interval})."
+            gain = self.points(self._logits[better], self._logits[worse])  # the interval turns with the order
+            text = f"{better} is {gain.value:.1f} points better than {worse} [{gain.low:+.1f}, {gain.high:+.1f}]."
         return textwrap.fill(text, results.COLUMNS)
 
     # --- timing -----------------------------------------------------------------------------------------------------

@@ -234,7 +234,8 @@ def plane(
         chosen = [row for row in rows if row.method in methods and cost(row) is not None]
         heights = [100 * row.accuracy for row in chosen]
         color, marker = look(number)
-        axes.scatter([cost(row) for row in chosen], heights, marker=marker, color=color, s=34, label=name, zorder=3)
+        size, order = (14, 2) if set(methods) == {"control"} else (34, 3)  # controls lie behind, and hide no method
+        axes.scatter([cost(row) for row in chosen], heights, marker=marker, color=color, s=size, label=name, zorder=order)
         places += [(cost(row), height) for row, height in zip(chosen, heights, strict=True)]
         said = [row for row in chosen if row.method != "control"]
         if named is not None:

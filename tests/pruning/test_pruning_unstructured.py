@@ -594,6 +594,35 @@ def test_the_strength_lets_the_target_share_travel_to_zero_in_its_steps():
 
 
 @pytest.mark.method("P-09")
+def test_adams_saliency_is_the_order_in_which_the_penalty_takes_weights(model, batches):
+    optimizer = stepped(model, batches[0])
+    found = iterative.adam_saliency(model, optimizer)
+    for m in matrices(model):
+        v_hat = optimizer.state[m.weight]["exp_avg_sq"] / (1 - 0.999)
+        torch.testing.assert_close(found[m.name], m.weight.detach() ** 2 * (v_hat.sqrt() + 1e-8) / 1e-3)
+        arrives = m.weight.detach().abs() / (
+            iterative.adam_learning_rate(optimizer, m.weight) * iterative.reweighted_alphas(m.weight, 1e-9)
+        )
+        assert torch.equal(lowest(found[m.name], 0.5), lowest(arrives, 0.5))
+
+
+@pytest.mark.method("P-09")
+def test_the_control_of_the_penalty_cuts_once_at_its_last_step(model, batches):
+    optimizer = stepped(model, batches[0])
+    wanted = {name: lowest(score, 0.7) for name, score in iterative.adam_saliency(model, optimizer).items()}
+    by_size = magnitude_masks(model, 0.7)
+    cut = iterative.cut_by_adam(0.7, last=3)
+    for step, held in ((1, False), (2, False), (3, True), (4, True)):
+        cut(step, model, optimizer)
+        assert bool(held_masks(model)) == held
+    masks = held_masks(model)
+    assert masks.keys() == wanted.keys() and all(torch.equal(masks[name], wanted[name]) for name in wanted)
+    assert all(not torch.equal(masks[name], by_size[name]) for name in wanted)
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        iterative.cut_by_adam(1.0, last=3)
+
+
+@pytest.mark.method("P-09")
 def test_the_penalty_ramps_and_then_rests():
     penalty = iterative.Penalty(0.6, ramp=12, every=4, epsilon=1e-2)
     generator = torch.Generator().manual_seed(0)

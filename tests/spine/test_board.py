@@ -175,6 +175,32 @@ def test_comparisons_are_sentences(board):
         board.find("nobody")
 
 
+def test_the_better_row_is_named_first_with_its_own_gain(board, monkeypatch):
+    right = torch.nn.functional.one_hot(board.task.validation.labels, 2).float()
+    half_right = torch.where(torch.arange(len(right))[:, None] % 2 == 0, right, -right)
+    monkeypatch.setattr(board, "_logits", {"right": right, "half right": half_right})
+    gain = board.points(right, half_right)
+    expected = f"right is {gain.value:.1f} points better than half right [{gain.low:+.1f}, {gain.high:+.1f}]."
+    assert 0 < gain.low < 50 < gain.high
+    for pair in (("right", "half right"), ("half right", "right")):
+        assert " ".join(board.compare(*pair).split()) == expected
+
+
+def test_a_row_stands_for_its_way_with_the_boards_own_seed(board, monkeypatch):
+    right = torch.nn.functional.one_hot(board.task.validation.labels, 2).float()
+    monkeypatch.setattr(board, "_logits", {"the row": right})
+    monkeypatch.setattr(board, "profile", replace(board.profile, seeds=(board.seed, board.seed + 1)))
+    trained = []
+
+    def wrong(seed: int) -> torch.Tensor:
+        trained.append(seed)
+        return -right
+
+    found = board.over_seeds({"way": wrong, "other": wrong}, rows={"way": "the row"})
+    assert found["way"].tolist() == [100, 0] and found["other"].tolist() == [0, 0]
+    assert trained == [board.seed, board.seed + 1, board.seed + 1]
+
+
 def test_claims_about_time_name_their_machine(board, capsys):
     timed = board.claim("C2", "It is fast", "someone", "round", [Evidence("speed", exact(1.0), "below", 1.1)])
     other = board.claim("C3", "It is small", "someone", "arithmetic", [Evidence("size", exact(1.0), "below", 1.1)])

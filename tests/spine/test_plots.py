@@ -38,6 +38,8 @@ def test_labels_of_neighbouring_points_do_not_overlap(axes):
     plots.plane(axes, rows, BASELINE, "stored_bytes", "MB", "title", {"some": methods, "controls": ("control",)})
     axes.figure.canvas.draw()
     assert "some: 7 points; controls: 1 point; baseline: 1 point." in plots.describe(axes.figure)
+    of_methods, of_controls = (next(c for c in axes.collections if c.get_label() == name) for name in ("some", "controls"))
+    assert of_controls.get_zorder() < of_methods.get_zorder() and of_controls.get_sizes()[0] < of_methods.get_sizes()[0]
     assert sorted(text.get_text() for text in axes.texts if text.get_text()) == sorted(method[2:] for method in methods)
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
     shared = [max(0, min(a.x1, b.x1) - max(a.x0, b.x0)) * max(0, min(a.y1, b.y1) - max(a.y0, b.y0))

@@ -267,6 +267,31 @@ def proximal_strength(weight: torch.Tensor, rate: torch.Tensor, target: float, s
     return (percentile(weight.abs() / (rate * reweighted_alphas(weight, epsilon)), target) / steps).item()
 
 
+@torch.no_grad()
+def adam_saliency(model: nn.Module, optimizer: torch.optim.Optimizer, groups: tuple[str, ...] = ENCODER) -> Scores:
+    """w_i^2 * (sqrt(v_hat_i) + eps), up to the learning rate: the order in which a reweighted penalty takes weights to zero.
+
+    In a proximal step weight i travels lr_i * gamma * alpha_i, so it is there after |w_i| / (lr_i * alpha_i), which with
+    alpha_i = 1 / |w_i| is w_i^2 / lr_i. Raises ValueError as `adam_learning_rate`.
+    """
+    weights = {m.name: dense_weight(m) for m in matrices(model, groups)}
+    return {name: weight.square() / adam_learning_rate(optimizer, weight) for name, weight in weights.items()}
+
+
+def cut_by_adam(sparsity: float, last: int, groups: tuple[str, ...] = ENCODER) -> AfterStep:
+    """Hook: after step `last` the lowest `adam_saliency` of each matrix goes, at once. RPP's order without its penalty: its control.
+
+    Raises ValueError for a sparsity outside [0, 1).
+    """
+    check_sparsity(sparsity)
+
+    def after_step(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if step == last:
+            hold_masks(model, masks_from_scores(adam_saliency(model, optimizer, groups), sparsity, "matrix"))
+
+    return after_step
+
+
 @dataclass(frozen=True)
 class Penalty:
     """The reweighted penalty: its target rises in equal parts up to `sparsity` at step `ramp` and then rests.

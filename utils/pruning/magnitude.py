@@ -1,16 +1,17 @@
 """Survey section 2.1.2: magnitude pruning, and three ways to allot a sparsity to the weight classes.
 
-A weight class is one matrix of one layer (See et al. 2016 use the matrices of each LSTM layer in the same way). Biases and
-LayerNorms are never pruned.
+A weight class is one matrix of one layer (See et al. 2016 use the matrices of each LSTM layer in the same way). Biases,
+LayerNorms, pooler and classifier are never pruned.
 """
 
 import torch
 from torch import nn
 
-from utils.bert import ALL_GROUPS, ENCODER, matrices
+from utils.bert import ALL_GROUPS, ENCODER, HEAD_GROUPS, matrices
 from utils.pruning.masks import Masks, check_sparsity, lowest, masks_from_scores
 
-PRUNABLE = tuple(group for group in ALL_GROUPS if group != "classifier")
+# The head stays whole: pooler and classifier are one small matrix each, and all that the task reads comes through them.
+PRUNABLE = tuple(group for group in ALL_GROUPS if group not in HEAD_GROUPS)
 
 
 def magnitude_masks(model: nn.Module, sparsity: float, groups: tuple[str, ...] = ENCODER) -> Masks:
