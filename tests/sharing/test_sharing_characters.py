@@ -1,5 +1,6 @@
 """Words from their characters: recurrences and convolutions by hand, least squares, exact sampling, probabilities that sum to 1."""
 
+import copy
 import itertools
 import math
 import subprocess
@@ -317,6 +318,11 @@ def test_the_fitted_correction_is_the_best_of_its_rank(table, spelling):
     characters.fit_correction(vectors, table)
     left = (table - vectors.expanded().weight).square().sum().item()
     assert left == pytest.approx(torch.linalg.svdvals(missed)[3:].square().sum().item(), rel=1e-4)
+    counts = torch.arange(100.0) ** 2 + 1
+    by_count = copy.deepcopy(vectors)
+    characters.fit_correction(by_count, table, counts)
+    cut = torch.linalg.svdvals(counts.sqrt()[:, None] * missed)[3:].square().sum().item()
+    assert squared_error(by_count, table, counts) == pytest.approx(cut, rel=1e-3) and squared_error(vectors, table, counts) > cut
     ids = torch.arange(100)
     by_hand = (vectors.up.weight @ vectors.correction.weight.T).T
     torch.testing.assert_close(vectors(ids), plain(ids) + by_hand, atol=1e-5, rtol=1e-4)

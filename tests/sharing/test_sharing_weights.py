@@ -268,6 +268,30 @@ def test_hashed_vectors_by_loops_and_in_both_modes():
         weights.hashed_vectors(table, 0)
 
 
+@pytest.mark.method("S-06")
+def test_hashed_values_by_counts_are_weighted_means_and_err_least_for_what_is_read():
+    table, counts = torch.randn(30, 6), torch.arange(30.0) ** 2 + 1
+    vectors, even = weights.hashed_vectors(table, 20, seed=4, weights=counts), weights.hashed_vectors(table, 20, seed=4)
+    place = vectors.places(torch.arange(30))
+    sign = torch.where(place < 20, 1.0, -1.0)
+    for bucket in (0, 7, 19):
+        who = place % 20 == bucket
+        often = counts[:, None].expand(30, 6)[who]
+        assert vectors.values[bucket].item() == pytest.approx(
+            ((sign * table)[who] @ often / often.sum()).item(), rel=1e-4, abs=1e-6
+        )
+
+    def error(part, often: torch.Tensor) -> float:
+        return ((part.weight - table).square().sum(1) @ often).item()
+
+    assert error(vectors, counts) < error(even, counts) and error(even, torch.ones(30)) < error(vectors, torch.ones(30))
+    torch.testing.assert_close(weights.hashed_vectors(table, 20, seed=4, weights=torch.full((30,), 3.0)).values, even.values)
+    empty = weights.bucket_means(table[:1], torch.zeros(1, 6).long(), 2, torch.full((1, 1), 2.0))
+    assert empty[1] == 0 and empty[0].item() == pytest.approx(table[0].mean().item(), rel=1e-5)
+    with pytest.raises(ValueError, match="above 0"):
+        weights.hashed_vectors(table, 20, weights=torch.zeros(30))
+
+
 # --- S-07 Toeplitz-like matrices ------------------------------------------------------------------------------------
 
 

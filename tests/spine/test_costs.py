@@ -74,6 +74,19 @@ def test_structure_ignores_values_and_sees_shapes_types_parts_and_attention(tiny
     assert len({costs.structure(tiny), *others}) == 5
 
 
+def test_structure_sees_which_tensors_are_one(tiny):
+    def shared(*places: int) -> str:
+        model = copy.deepcopy(tiny)
+        layers = model.bert.encoder.layer
+        layers.extend(copy.deepcopy(layers[0]) for _ in range(2))
+        for place in places:
+            layers[place] = layers[0]
+        return costs.structure(model)
+
+    assert len({shared(), shared(2), shared(3), shared(2, 3)}) == 4
+    assert shared(2, 3) == shared(2, 3)
+
+
 def test_peak_memory_covers_weights_and_the_widest_activations(tiny):
     weights = sum(p.nbytes for p in tiny.parameters())
     batch, length = 16, 24

@@ -165,16 +165,18 @@ def fit_projection(vectors: CharacterVectors, table: torch.Tensor, counts: torch
 
 
 @torch.no_grad()
-def fit_correction(vectors: CharacterVectors, table: torch.Tensor) -> None:
+def fit_correction(vectors: CharacterVectors, table: torch.Tensor, counts: torch.Tensor | None = None) -> None:
     """Set the correction to what helps most: the truncated SVD of what the characters miss (Eckart and Young 1936).
 
-    M gets orthonormal columns. The paper learns it with everything else. Raises ValueError for a part without a correction.
+    M gets orthonormal columns. Words count alike, or by `counts` (vocabulary,). The paper learns it with everything else. Raises
+    ValueError for a part without a correction.
     """
     if not vectors.correction_size:
         raise ValueError("this part has no correction: make it with a correction_size of 1 or more")
     vectors.correction.weight.zero_()
     missed = table.float() - vectors.expanded().weight
-    _, directions = torch.linalg.eigh(missed.T @ missed)  # ascending; far smaller than the table
+    weighted = missed if counts is None else missed * counts.to(missed).unsqueeze(1)
+    _, directions = torch.linalg.eigh(weighted.T @ missed)  # ascending; far smaller than the table
     directions = directions.flip(1)[:, : vectors.correction_size]
     vectors.correction.weight.copy_(missed @ directions)
     vectors.up.weight.copy_(directions)

@@ -25,6 +25,7 @@ from utils.parts.shared import (
     unit_roots,
 )
 from utils.replacing import kept, replace_linear, take_place
+from utils.sharing.words import check_weights
 from utils.tables import whole_numbers
 
 FFN = ("ffn_in", "ffn_out")
@@ -40,14 +41,15 @@ def buckets_for(weights: int, ratio: float) -> int:
     return max(1, round(weights / ratio))
 
 
-def bucket_means(weight: torch.Tensor, bucket: torch.Tensor, buckets: int) -> torch.Tensor:
+def bucket_means(weight: torch.Tensor, bucket: torch.Tensor, buckets: int, shares: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of the weights of each bucket, (buckets,), 0 for an empty one: of all shared values the nearest in least squares.
 
-    `weight` and `bucket`, whole numbers below `buckets`, have one shape.
+    `weight` and `bucket`, whole numbers below `buckets`, have one shape. Weights count alike, or by `shares`, which broadcast to it.
     """
-    sums = torch.bincount(bucket.flatten(), weight.double().flatten(), minlength=buckets)
-    counts = torch.bincount(bucket.flatten(), minlength=buckets)
-    return (sums / counts.clamp(min=1)).to(weight.dtype)
+    shares = (weight.new_ones(1) if shares is None else shares).double().expand_as(weight)
+    sums = torch.bincount(bucket.flatten(), (shares * weight).flatten(), minlength=buckets)
+    total = torch.bincount(bucket.flatten(), shares.flatten(), minlength=buckets)
+    return (sums / total.clamp(min=torch.finfo(total.dtype).tiny)).to(weight.dtype)
 
 
 def share_randomly(model: nn.Module, groups: tuple[str, ...] = FFN, ratio: float = 8, seed: int = 0) -> dict[str, float]:
@@ -77,13 +79,13 @@ def packed_index(model: nn.Module) -> dict[str, Encoded]:
 # --- S-06 HashedNets ------------------------------------------------------------------------------------------------
 
 
-def hashed_means(weight: torch.Tensor, place: torch.Tensor, buckets: int) -> torch.Tensor:
+def hashed_means(weight: torch.Tensor, place: torch.Tensor, buckets: int, shares: torch.Tensor | None = None) -> torch.Tensor:
     """Mean over each bucket of its weights times their signs, (buckets,): of all hashed matrices the nearest in least squares.
 
-    `place` has the shape of `weight` and holds signed buckets (`utils.parts.shared.signed_buckets`).
+    `place` has the shape of `weight` and holds signed buckets (`utils.parts.shared.signed_buckets`); `shares` as in `bucket_means`.
     """
     sign = 1 - 2 * torch.div(place, buckets, rounding_mode="floor")
-    return bucket_means(weight * sign, place % buckets, buckets)
+    return bucket_means(weight * sign, place % buckets, buckets, shares)
 
 
 def hash_weights(model: nn.Module, groups: tuple[str, ...] = FFN, ratio: float = 8, seed: int = 0) -> dict[str, float]:
@@ -104,15 +106,17 @@ def hash_weights(model: nn.Module, groups: tuple[str, ...] = FFN, ratio: float =
 
 
 @torch.no_grad()
-def hashed_vectors(table: torch.Tensor, buckets: int, seed: int = 0) -> HashedVectors:
+def hashed_vectors(table: torch.Tensor, buckets: int, seed: int = 0, weights: torch.Tensor | None = None) -> HashedVectors:
     """S-06 for a word table (vocabulary, hidden): its numbers share `buckets` values, started as sign-corrected means.
 
-    Raises ValueError for no bucket, and for more than numbers.
+    `weights` (vocabulary,) let frequent words count more in a mean. Raises ValueError for no bucket, for more than numbers, and for
+    a weight of 0 or less.
     """
+    shares = None if weights is None else check_weights(weights.to(table.device)).unsqueeze(1)
     vectors = HashedVectors(*table.shape, buckets, seed).to(table)
     ids = torch.arange(len(table), device=table.device)
     place = torch.cat([vectors.places(chunk).int() for chunk in ids.split(4096)])  # a hash takes several times the memory
-    vectors.values.copy_(hashed_means(table, place, buckets))
+    vectors.values.copy_(hashed_means(table, place, buckets, shares))
     return vectors
 
 
