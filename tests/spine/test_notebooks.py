@@ -91,12 +91,13 @@ def check_row(row: dict, baseline: dict) -> None:
     assert 0 < row["nonzero_parameters"] <= row["parameters"], where
     assert row["parameters_without_embeddings"] < row["parameters"], where
     assert 0 < row["stored_bytes_without_embeddings"] < row["stored_bytes"], where
-    assert row["macs"] <= baseline["macs"], where
+    assert row["part_kinds"] or row["macs"] <= baseline["macs"], where  # a part may compute what it does not store
     assert row["simulated"] == (row["latency_ratio"] is None), where
     assert not (row["effect"]["same_weights"] and row["effect"]["largest_logit_difference"] == 0), where
     assert all(math.isfinite(value) for value in flatten(row).values() if isinstance(value, float)), where
     if row["parameters"] < baseline["parameters"]:
-        assert row["effect"]["tensors_reshaped"] + row["effect"]["tensors_removed"] > 0, where
+        changed = row["effect"]["tensors_reshaped"] + row["effect"]["tensors_removed"]
+        assert changed > 0 or row["stored_bytes"] < baseline["stored_bytes"], where  # tied tensors keep their shapes, and are stored once
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
