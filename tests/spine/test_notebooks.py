@@ -97,7 +97,9 @@ def check_row(row: dict, baseline: dict) -> None:
     assert all(math.isfinite(value) for value in flatten(row).values() if isinstance(value, float)), where
     if row["parameters"] < baseline["parameters"]:
         changed = row["effect"]["tensors_reshaped"] + row["effect"]["tensors_removed"]
-        assert changed > 0 or row["stored_bytes"] < baseline["stored_bytes"], where  # tied tensors keep their shapes, and are stored once
+        assert changed > 0 or row["stored_bytes"] < baseline["stored_bytes"], (
+            where
+        )  # tied tensors keep their shapes, and are stored once
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
