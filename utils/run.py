@@ -157,6 +157,7 @@ def run_chapter(chapter: str, request: Request, on_progress: Progress = lambda w
     stamp = make_stamp(request)
     notebook = notebooks.weave(chapter, request.sections, request.track)
     if request.resume and finished(final, results_file(request, name), stamp, notebook):
+        clear_up(folder, request.out / f"{name}.failed.ipynb")  # a run killed in its last moment leaves these beside its notebook
         return Outcome(chapter, name, final, ok=True, skipped=True)
     if request.resume and not folder.exists():
         begin_from_finished(final, results_file(request, name), folder)
@@ -395,8 +396,7 @@ def conclude(chapter: str, request: Request, folder: Path, status: int, stop: St
     errors = "; ".join(f"section {error['section']}: {error['error']}" for error in facts.get("errors", []))
     if status in (0, WITH_ERRORS):
         tidy(partial, final, file_hash(results_file(request, name)))
-        failed.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_up(folder, failed)
         return Outcome(chapter, name, final, ok=status == 0, message=errors)
     if errors and facts["finished"] == []:  # the opening raised: there is nothing to go on from
         os.replace(partial, failed)
@@ -405,6 +405,12 @@ def conclude(chapter: str, request: Request, folder: Path, status: int, stop: St
     kept = [key for key in facts.get("finished", []) if key != notebooks.OPENING]
     what = f"finished sections kept: {', '.join(kept)}; --resume goes on from there" if kept else "no section was finished"
     return Outcome(chapter, name, partial, ok=False, message=f"{why_it_ended(status, stop, errors, folder / 'log')}; {what}")
+
+
+def clear_up(folder: Path, failed: Path) -> None:
+    """Remove what a run that is not finished keeps: its folder, and the notebook of a failed opening."""
+    failed.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def why_it_ended(status: int, stop: Stop, errors: str, log: Path) -> str:

@@ -481,6 +481,16 @@ def test_a_closed_terminal_does_not_stop_the_run(chapter, tmp_path):
     command.leaves_nothing()
 
 
+def test_a_run_killed_in_its_last_moment_is_finished_and_cleared_up(chapter, tmp_path):
+    """Between the notebook under its name and the removal of the folder that it was written in."""
+    out = tmp_path / "out"
+    assert execute(out).ok
+    (out / ".one").mkdir()
+    (out / ".one" / "rows.json").write_text("{}")
+    (out / "one.failed.ipynb").write_text("{}")
+    assert execute(out, resume=True).skipped and visible(out) == {"one.ipynb"}
+
+
 @pytest.mark.slow
 def test_killed_at_ten_moments(chapter, tmp_path):
     started = time.monotonic()
