@@ -309,6 +309,44 @@ def test_the_last_layer_is_numpys_least_squares(weighted, table, spelling):
         assert squared_error(vectors, table, weight) == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.method("S-01", "S-04")
+def test_a_fit_in_turns_holds_the_last_layer_while_the_rest_learns_and_ends_with_its_solution(table, spelling, monkeypatch):
+    counts, weight = torch.randint(1, 9, (100,)), torch.ones(100)
+    for make in (bilstm, cnn):
+        vectors, solved, held = make(table, spelling), make(table, spelling), []
+        characters.fit_projection(solved, table, counts)
+        regress = characters.regress
+
+        def watched(part, *args, regress=regress, held=held, **options):
+            before = part.projection.weight.clone()
+            losses = regress(part, *args, **options)
+            held.append((torch.equal(before, part.projection.weight), options["seed"], options["steps"]))
+            return losses
+
+        monkeypatch.setattr(characters, "regress", watched)
+        characters.fit_in_turns(vectors, table, counts, turns=3, steps=30, learning_rate=1e-2, seed=5)
+        monkeypatch.setattr(characters, "regress", regress)
+        assert held == [(True, 5, 10), (True, 6, 10), (True, 7, 10)] and vectors.projection.weight.requires_grad
+        weight = counts.float()
+        assert squared_error(vectors, table, weight) < 0.98 * squared_error(solved, table, weight)
+        again = copy.deepcopy(vectors)
+        characters.fit_projection(again, table, counts)
+        torch.testing.assert_close(again.projection.weight, vectors.projection.weight)
+    with pytest.raises(ValueError, match="1 turn or more"):
+        characters.fit_in_turns(vectors, table, counts, turns=3, steps=2, learning_rate=1e-2)
+
+
+@pytest.mark.method("S-01", "S-02", "S-04")
+def test_a_network_learns_at_its_own_rate(tiny, table, spelling):
+    model = bert.fresh_copy(tiny)
+    word_tables.replace_table(model, cnn(table, spelling))
+    others, own = characters.own_rate(model, 0.5)
+    assert own["lr"] == 0.5 and "lr" not in others
+    assert {id(p) for p in own["params"]} == {id(p) for p in model.bert.embeddings.word_embeddings.parameters()}
+    together = [*others["params"], *own["params"]]
+    assert len(together) == len({id(p) for p in together}) == len(list(model.parameters()))
+
+
 @pytest.mark.method("S-02")
 def test_the_fitted_correction_is_the_best_of_its_rank(table, spelling):
     plain, vectors = cnn(table, spelling), cnn(table, spelling, correction_size=3)

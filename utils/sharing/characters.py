@@ -1,7 +1,7 @@
 """Survey section 5.1: words from their characters, at the input (S-01, S-02, S-04) and at the output (S-02, S-03) of a BERT.
 
 The parts that read spellings are in `utils.parts.characters`. Here a vocabulary is spelled, a part is fitted to a table (its last
-layer, which is linear, in closed form; all of it by `utils.sharing.tables.regress`), and words are guessed by rows that
+layer, which is linear, in closed form; what lies under it by `utils.tables.regress`), and words are guessed by rows that
 characters make, or letter by letter. All papers train from scratch; here the pre-trained table is what is imitated, and the encoder
 of a trained language model stays as it is while its output layer is replaced, as Jozefowicz et al. do with both of theirs.
 """
@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy, linear
 from torch.nn.utils.rnn import pad_sequence
 
-from utils import tasks, training
+from utils import bert, tasks, training
 from utils.language import IGNORED, LanguageModel, Masking
 from utils.parts.characters import BEGIN, CONTINUE, END, FIRST, PAD, UNKNOWN, CharacterBiLSTM, CharacterCNN, CharacterVectors
 from utils.profiles import Profile
 from utils.sharing.tables import INSIDE, SPECIAL, check_special
-from utils.tables import word_counts
+from utils.tables import regress, word_counts
 from utils.tasks import Split, Task
 from utils.training import Loss, TrainingLog
 
@@ -162,6 +162,37 @@ def fit_projection(vectors: CharacterVectors, table: torch.Tensor, counts: torch
     solution = torch.linalg.solve(gram + ridge, cross)
     vectors.projection.weight.copy_(solution[:-1].T)
     vectors.projection.bias.copy_(solution[-1])
+
+
+def fit_in_turns(
+    vectors: CharacterVectors, table: torch.Tensor, counts: torch.Tensor | None = None, turns: int = 4, *, steps: int, **options
+) -> None:
+    """Fit a network to a table: the last layer in closed form (`fit_projection`), then what lies under it by Adam, in turns.
+
+    `steps` of `regress` are shared out among the turns, `options` go to it; words count alike, or by `counts` (vocabulary,). The last
+    layer is held while the rest learns: steps of both at once undo what was solved. Raises ValueError for fewer steps than turns.
+    """
+    if not 1 <= turns <= steps:
+        raise ValueError(f"a fit needs 1 turn or more, and a step for each, got {turns} turns and {steps} steps")
+    options = {"counts": counts, **options}
+    seed = options.pop("seed", 0)
+    fit_projection(vectors, table, counts)
+    for turn in range(turns):
+        vectors.projection.requires_grad_(False)
+        regress(vectors, table, steps=steps // turns, seed=seed + turn, **options)
+        vectors.projection.requires_grad_(True)
+        fit_projection(vectors, table, counts)
+
+
+def own_rate(model: nn.Module, learning_rate: float) -> list[dict]:
+    """Parameter groups for `utils.training.train`: the word table's own weights at `learning_rate`, all others at the run's.
+
+    A composed vector sums hundreds of features, so a step of Adam moves it much farther than a row of a table.
+    """
+    own = list(bert.embeddings(model).word_embeddings.parameters())
+    held = {id(parameter) for parameter in own}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in held]
+    return [{"params": others}, {"params": own, "lr": learning_rate}]
 
 
 @torch.no_grad()
