@@ -1,13 +1,15 @@
 """Parts in the place of linear layers: all of some groups at once, what was kept of their matrices, and the way back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from utils import bert, parts
+from utils.parts.linear import LowRankLinear, in_place_of
 
 Make = Callable[[nn.Linear, int], parts.Part]
+READ_ONE_STATE = ("query", "key", "value")  # of one layer
 
 
 @torch.no_grad()
@@ -27,6 +29,23 @@ def take_place(model: nn.Module, matrix: bert.Matrix, part: parts.Part, weight: 
     share = kept(matrix.weight, weight)
     model.set_submodule(matrix.name.removesuffix(".weight"), part.train(model.training))
     return share
+
+
+@torch.no_grad()
+def put_factors(
+    model: nn.Module, matrices: Sequence[bert.Matrix], lefts: list[torch.Tensor], right: torch.Tensor
+) -> dict[str, float]:
+    """Put W_l ~ L_l R, with L_l (out, rank), in the place of linear layers that read one input; returns what was `kept` of each.
+
+    R (rank, in) is one parameter: stored, trained and counted once.
+    """
+    common, found = nn.Parameter(right.to(matrices[0].weight.dtype)), {}
+    for matrix, left in zip(matrices, lefts, strict=True):
+        part = in_place_of(matrix.module, LowRankLinear, len(right))
+        part.right = common
+        part.left.copy_(left)
+        found[matrix.name] = take_place(model, matrix, part, part.weight)
+    return found
 
 
 def kept(before: torch.Tensor, after: torch.Tensor) -> float:

@@ -16,7 +16,8 @@ from utils.claims import VERDICTS
 
 DEVICE = os.environ.get("COMPANION_TEST_DEVICE", "cpu")
 ALONE = {"00_bert_baseline": ("2", "5"), "01_pruning": ("5", "8"), "02_quantization": ("3", "7"),
-         "03_knowledge_distillation": ("2", "5"), "04_parameter_sharing": ("4", "6")}  # fmt: skip
+         "03_knowledge_distillation": ("2", "5"), "04_parameter_sharing": ("4", "6"),
+         "05_tensor_decomposition": ("2", "5")}  # fmt: skip
 CHAPTERS = [pytest.param(chapter, marks=pytest.mark.xdist_group(chapter)) for chapter in catalogue.chapters()]  # a core each
 pytestmark = pytest.mark.slow
 

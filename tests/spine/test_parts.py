@@ -71,6 +71,13 @@ def test_a_factorised_layer_is_the_best_of_its_rank_and_smaller(tiny, tmp_path):
     error = torch.linalg.matrix_norm(part.left @ part.right - dense.weight) ** 2
     assert error.item() == pytest.approx((torch.linalg.svdvals(dense.weight)[5:] ** 2).sum().item(), rel=1e-4)
     torch.testing.assert_close(part(torch.eye(32)), (part.left @ part.right).T + dense.bias)
+    torch.testing.assert_close(part.weight, part.left @ part.right)
+    torch.testing.assert_close(part.expanded()(torch.eye(32)), part(torch.eye(32)))
+    for rank in (0, 33):
+        with pytest.raises(ValueError, match=rf"32 x 32 matrix has ranks in 1..32, got {rank}"):
+            parts.LowRankLinear.from_linear(dense, rank)
+        with pytest.raises(ValueError, match=rf"ranks in 1..32, got {rank}"):
+            parts.LowRankLinear(32, 16, rank)
     before = artifacts.save(tiny, tmp_path / "dense")["stored_bytes"]
     after = artifacts.save(low_rank(tiny), tmp_path / "factors")["stored_bytes"]
     assert before - after == pytest.approx(4 * (32 * 32 - 5 * 64), abs=400)

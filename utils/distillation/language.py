@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.functional import cosine_embedding_loss
 
 from utils import bert
-from utils.distillation.losses import soft_target_loss
 from utils.distillation.objective import check_temperature, check_weight
 from utils.language import IGNORED, LanguageHead, LanguageModel, Masking, language_loss, masked_loss
+from utils.losses import soft_target_loss
 from utils.tasks import Split, Task
 from utils.training import Loss
 from utils.trials import Trial

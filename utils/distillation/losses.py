@@ -6,10 +6,11 @@ Every method is a pure function of tensors, and a constructor that makes an `Obj
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
 from utils.distillation.objective import Objective, check_share, check_temperature, check_weight, project
 from utils.distillation.outputs import Outputs, needs
+from utils.losses import soft_target_loss
 
 
 def labels() -> Objective:
@@ -56,17 +57,6 @@ def noisy_logit_regression(share: float, sigma: float, relative: bool = False) -
 
 
 # --- K-03 soft targets ----------------------------------------------------------------------------------------------
-
-
-def soft_target_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T^2 KL(softmax(z_t / T) || softmax(z_s / T)), the mean over all but the last axis; zero where the two agree.
-
-    T^2 keeps the gradient's size as T grows: with C classes the loss tends to logit regression divided by C. Its gradient is
-    that of the cross-entropy that Hinton, Vinyals and Dean 2015 write. Survey 4.1.
-    """
-    soft = (teacher_logits / temperature).softmax(-1)
-    each = kl_div(log_softmax(student_logits / temperature, -1), soft, reduction="none").sum(-1)
-    return temperature**2 * each.mean()
 
 
 def soft_targets(temperature: float = 2.0) -> Objective:

@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from utils import bert, training
 from utils.baseline import Phase
-from utils.distillation.losses import soft_target_loss
 from utils.distillation.objective import check_weight
+from utils.losses import soft_target_loss
 from utils.trials import Trial
 
 # --- K-12 deep mutual learning --------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from utils import bert
-from utils.distillation.losses import soft_target_loss, with_labels
+from utils.distillation.losses import with_labels
 from utils.distillation.objective import Objective, check_share, check_temperature, check_weight, distill
 from utils.distillation.outputs import Need, Outputs, Teacher, needs, size_of
+from utils.losses import soft_target_loss
 from utils.tasks import Split, Task
 from utils.trials import Trial
 

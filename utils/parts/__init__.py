@@ -12,6 +12,7 @@ from torch import nn
 from utils import CompanionError
 from utils.parts.attention import ATTENTIONS, DENSE, STOCK, attention_macs, linear_attention, register_dense
 from utils.parts.characters import CharacterBiLSTM, CharacterCNN
+from utils.parts.codes import BandedVectors, CompositionalVectors, DictionaryVectors, DigitVectors
 from utils.parts.depth import AdaptiveEncoder, EquilibriumEncoder
 from utils.parts.embeddings import (
     FactorizedVectors,
@@ -21,11 +22,14 @@ from utils.parts.embeddings import (
     TrimmedVectors,
     TwoComponentVectors,
 )
+from utils.parts.factorised import GatedLowRankLinear
 from utils.parts.linear import GroupedLinear, LowRankLinear
 from utils.parts.mobile import MobileBertLayer, TrigramEmbeddings
 from utils.parts.part import Part
 from utils.parts.shared import HashedLinear, HashedVectors, QuaternionLinear, RandomlySharedLinear, ToeplitzLinear
 from utils.parts.students import BiLSTM, SpelledBert, TextCNN
+from utils.parts.tensors import BlockTermLinear, CPLinear, TensorTrainLinear, TensorTrainVectors, TuckerLinear
+from utils.parts.trilinear import TrilinearAttention
 
 __all__ = [
     "ATTENTIONS",
@@ -45,6 +49,7 @@ PARTS: dict[str, type[Part]] = {
     for part in (
         LowRankLinear,
         GroupedLinear,
+        GatedLowRankLinear,
         MobileBertLayer,
         TrigramEmbeddings,
         BiLSTM,
@@ -58,6 +63,10 @@ PARTS: dict[str, type[Part]] = {
         SlimVectors,
         FactorizedVectors,
         TrimmedVectors,
+        DictionaryVectors,
+        CompositionalVectors,
+        BandedVectors,
+        DigitVectors,
         RandomlySharedLinear,
         HashedLinear,
         HashedVectors,
@@ -65,6 +74,12 @@ PARTS: dict[str, type[Part]] = {
         QuaternionLinear,
         AdaptiveEncoder,
         EquilibriumEncoder,
+        TensorTrainLinear,
+        TensorTrainVectors,
+        BlockTermLinear,
+        CPLinear,
+        TuckerLinear,
+        TrilinearAttention,
     )
 }
 

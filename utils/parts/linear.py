@@ -14,13 +14,25 @@ def in_place_of(linear: nn.Linear, kind: type[Part], size: int) -> Part:
     return part
 
 
+def check_rank(rank: int, rows: int, columns: int) -> None:
+    """Raise ValueError for a rank that a matrix of this shape does not have."""
+    if not 1 <= rank <= min(rows, columns):
+        raise ValueError(f"a {rows} x {columns} matrix has ranks in 1..{min(rows, columns)}, got {rank}")
+
+
 class LowRankLinear(Part):
-    """y = L (R x) + b with L (out, rank) and R (rank, in): it stays factorised in memory, on disk and in the clock."""
+    """y = L (R x) + b with L (out, rank) and R (rank, in): it stays factorised in memory, on disk and in the clock.
+
+    R may be common to several layers, whose rank together can be higher than that of one. Raises ValueError for a rank outside
+    1..in.
+    """
 
     kind = "low_rank_linear"
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True):
         super().__init__()
+        if not 1 <= rank <= in_features:
+            raise ValueError(f"factors that read {in_features} numbers have ranks in 1..{in_features}, got {rank}")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.right = nn.Parameter(torch.randn(rank, in_features) / in_features**0.5)
         self.left = nn.Parameter(torch.randn(out_features, rank) / rank**0.5)
@@ -30,8 +42,9 @@ class LowRankLinear(Part):
     @torch.no_grad()
     def from_linear(cls, linear: nn.Linear, rank: int) -> "LowRankLinear":
         """The best approximation of that rank (Eckart and Young 1936): the singular values are shared out between the
-        factors.
+        factors. Raises ValueError for a rank that the matrix does not have.
         """
+        check_rank(rank, *linear.weight.shape)
         part = in_place_of(linear, cls, rank)
         U, S, Vh = torch.linalg.svd(linear.weight.float(), full_matrices=False)
         root = S[:rank].sqrt()
@@ -42,6 +55,18 @@ class LowRankLinear(Part):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
         return nn.functional.linear(nn.functional.linear(x, self.right), self.left, self.bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The matrix (out, in) that the factors make."""
+        return self.left @ self.right
+
+    @torch.no_grad()
+    def expanded(self) -> nn.Linear:
+        """A plain layer with the same matrix."""
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None).to(self.left)
+        plain.load_state_dict({"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias}))
+        return plain
 
     def options(self) -> dict:
         """Sizes and whether there is a bias."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from utils import bert, parts
 from utils.encodings import Encoded
-from utils.parts.linear import LowRankLinear, in_place_of
+from utils.parts.linear import in_place_of
 from utils.parts.shared import (
     HAMILTON_SIGNS,
     HashedLinear,
@@ -24,7 +24,7 @@ from utils.parts.shared import (
     toeplitz_matrix,
     unit_roots,
 )
-from utils.replacing import kept, replace_linear, take_place
+from utils.replacing import READ_ONE_STATE, kept, put_factors, replace_linear
 from utils.sharing.words import check_weights
 from utils.tables import whole_numbers
 
@@ -300,8 +300,6 @@ def quaternion_attention(model: nn.Module) -> None:
 
 # --- S-09 factors shared by layers ----------------------------------------------------------------------------------
 
-READ_ONE_STATE = ("query", "key", "value")  # of one layer
-
 
 def shared_factors(weights: list[torch.Tensor], rank: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     """A_l (out_l, rank) and one B (rank, in) with the least sum_l |W_l - A_l B|^2, for matrices W_l (out_l, in).
@@ -346,10 +344,5 @@ def share_factors(
     shared = [(family, *shared_factors([m.weight for m in family], rank)) for family in families(model, groups, across)]
     found = {}
     for family, lefts, right in shared:
-        common = nn.Parameter(right.to(family[0].weight.dtype))
-        for matrix, left in zip(family, lefts, strict=True):
-            part = in_place_of(matrix.module, LowRankLinear, rank)
-            part.right = common
-            part.left.copy_(left)
-            found[matrix.name] = take_place(model, matrix, part, part.left @ common)
+        found |= put_factors(model, family, lefts, right)
     return found
