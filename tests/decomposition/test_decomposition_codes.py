@@ -186,7 +186,7 @@ def test_least_squares_of_ones_are_numpys_and_an_index_beyond_the_end_is_none(ta
     design = np.concatenate([one_hot(index, 9).sum(1)[:, :8].numpy(), 0.1**0.5 * np.eye(8)])
     wanted = np.concatenate([array(table), np.zeros((8, WIDTH))])
     expected = np.linalg.lstsq(design, wanted, rcond=None)[0]
-    np.testing.assert_allclose(array(codes.least_squares(index, table, 8, 0.1)), expected, atol=1e-5)
+    np.testing.assert_allclose(array(codes.binary_least_squares(index, table, 8, 0.1)), expected, atol=1e-5)
 
 
 @pytest.mark.method(*IDS)

@@ -16,7 +16,6 @@ from utils.decomposition import trilinear
 from utils.decomposition.tensors import tucker_tensor
 from utils.parts.trilinear import TrilinearAttention, from_sentence, from_tensor, pair_products, trilinear_tensor
 
-pytestmark = pytest.mark.method("T-11")
 INPUTS = ("input_ids", "attention_mask")
 
 
@@ -64,6 +63,7 @@ def lines(q, k, v, g) -> np.ndarray:
 # --- the tensor -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.method("T-11")
 def test_the_tensor_is_a_tucker_tensor_with_a_diagonal_core():
     q, k, v = (torch.randn(4, 3) for _ in range(3))
     g = torch.randn(3)
@@ -76,6 +76,7 @@ def test_the_tensor_is_a_tucker_tensor_with_a_diagonal_core():
     torch.testing.assert_close(tucker_tensor(core, (q, k, v)).flatten(1), found)
 
 
+@pytest.mark.method("T-11")
 def test_blocks_that_share_their_factors_are_one_block():
     part = random_part(blocks=3)
     x = torch.randn(2, 6, 8)
@@ -88,6 +89,7 @@ def test_blocks_that_share_their_factors_are_one_block():
     torch.testing.assert_close(part(x)[0], single(x)[0])
 
 
+@pytest.mark.method("T-11")
 def test_a_sum_over_keys_is_attention_only_where_all_values_are_one_number():
     """Corollary 1 of the paper, softmax left out: its proof reads V_km, a token and a dimension, as V_mr, another of each."""
     q, k = torch.randn(4, 4), torch.randn(4, 4)  # as many tokens as dimensions, or the shapes differ
@@ -97,6 +99,7 @@ def test_a_sum_over_keys_is_attention_only_where_all_values_are_one_number():
         assert torch.allclose(summed, q @ k.T @ v, atol=1e-4) == same
 
 
+@pytest.mark.method("T-11")
 @pytest.mark.parametrize("rank", [2, 7])
 def test_both_orders_compute_and_cost_what_they_say(rank):
     hidden, most = 8, 5
@@ -123,6 +126,7 @@ def test_both_orders_compute_and_cost_what_they_say(rank):
     assert len(set(cheapest.values())) == 2 or rank == 7  # both orders are the cheaper one somewhere
 
 
+@pytest.mark.method("T-11")
 def test_without_a_softmax_the_output_is_linear_in_the_query():
     part = random_part(length=4)
     with torch.no_grad():
@@ -136,6 +140,7 @@ def test_without_a_softmax_the_output_is_linear_in_the_query():
 # --- padding and long sentences -------------------------------------------------------------------------------------
 
 
+@pytest.mark.method("T-11")
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "linear"])  # the forms in which a layer is given its mask
 def test_padding_is_zeroed(attention, tiny, batch):
     replaced(tiny, batch, rank=6)
@@ -146,6 +151,7 @@ def test_padding_is_zeroed(attention, tiny, batch):
             torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.method("T-11")
 def test_a_shorter_sentence_is_one_with_zeros_behind_it():
     part = random_part(length=6)
     x, mask = torch.randn(2, 6, 8), torch.ones(2, 6)
@@ -157,6 +163,7 @@ def test_a_shorter_sentence_is_one_with_zeros_behind_it():
     torch.testing.assert_close(part.attend(x[:, :4]), expected, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.method("T-11")
 def test_too_many_tokens_are_refused_and_cut_off_by_the_context(tiny, batch):
     replaced(tiny, batch, (1,), 7, rank=6)
     part = tiny.bert.encoder.layer[1].attention
@@ -175,6 +182,7 @@ def test_too_many_tokens_are_refused_and_cut_off_by_the_context(tiny, batch):
 # --- least squares --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.method("T-11")
 def test_ridge_regression_is_numpys():
     x, y = torch.randn(40, 3) + 2, torch.randn(40, 2)
     sums = trilinear.LeastSquares()
@@ -198,6 +206,7 @@ def examples_of(part: TrilinearAttention, count: int, n: int = 4) -> list[dict]:
     return found
 
 
+@pytest.mark.method("T-11")
 def test_a_planted_map_is_found_again_and_the_best_ridge_is_taken():
     planted = random_part(length=4)
     fit, held = examples_of(planted, 30), examples_of(planted, 3)
@@ -210,6 +219,7 @@ def test_a_planted_map_is_found_again_and_the_best_ridge_is_taken():
     assert max(each) < shares[3] and trilinear.best_maps(fit, held, features, ridges=(10.0, 1.0))[1][3] == max(each)
 
 
+@pytest.mark.method("T-11")
 def test_explained_is_the_share_of_the_variance_of_real_tokens():
     examples = examples_of(random_part(length=4), 3)
     features = lambda layer, x, mask: trilinear.mean_of_tokens(x, mask)  # noqa: E731
@@ -229,6 +239,7 @@ def test_explained_is_the_share_of_the_variance_of_real_tokens():
 # --- the method -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.method("T-11")
 def test_layers_begin_at_the_regression_onto_the_dense_attention(tiny, batch, monkeypatch):
     dense = bert.fresh_copy(tiny)
     examples = trilinear.attention_examples(tiny, [batch], (1,), 7)
@@ -262,6 +273,7 @@ def test_layers_begin_at_the_regression_onto_the_dense_attention(tiny, batch, mo
     assert all(torch.equal(value, untouched[key]) for key, value in dense.bert.encoder.layer[0].state_dict().items())
 
 
+@pytest.mark.method("T-11")
 def test_a_random_start_knows_nothing_of_the_rows(tiny, batch):
     attention, (examples,) = tiny.bert.encoder.layer[0].attention, trilinear.attention_examples(tiny, [batch], (0, 1), 9)
     first, again, other = (
@@ -276,6 +288,7 @@ def test_a_random_start_knows_nothing_of_the_rows(tiny, batch):
                            made[1].self.query.weight / made[1].self.query.weight.std())  # fmt: skip
 
 
+@pytest.mark.method("T-11")
 def test_training_moves_everything_and_keeps_the_form(tiny, batch):
     replaced(tiny, batch, length=8, rank=6, blocks=2)
     before = {key: value.clone() for key, value in tiny.state_dict().items()}
@@ -286,6 +299,7 @@ def test_training_moves_everything_and_keeps_the_form(tiny, batch):
     assert all(not torch.equal(value, before[key]) for key, value in tiny.state_dict().items() if key in own)
 
 
+@pytest.mark.method("T-11")
 def test_the_control_adds_a_map_of_the_mean_of_all_values(tiny, batch):
     dense = bert.fresh_copy(tiny)
     fitted = trilinear.attention_examples(dense, [batch], (0,), 9)
@@ -307,6 +321,7 @@ def test_the_control_adds_a_map_of_the_mean_of_all_values(tiny, batch):
 # --- the contract ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.method("T-11")
 def test_every_model_comes_back_in_a_fresh_process(tiny, batch, tmp_path):
     for name, options in {"all": {"layers": (0, 1), "rank": 3}, "one": {"layers": (1,), "rank": 20, "blocks": 3}}.items():
         model = bert.fresh_copy(tiny)
@@ -320,6 +335,7 @@ def test_every_model_comes_back_in_a_fresh_process(tiny, batch, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.method("T-11")
 def test_sizes_are_those_of_the_formula(tiny, batch):
     for rank, n, blocks in itertools.product((1, 32), (2, 9), (1, 4)):
         part = TrilinearAttention(32, rank, n, blocks)
@@ -328,6 +344,7 @@ def test_sizes_are_those_of_the_formula(tiny, batch):
         assert part.options() == {"hidden_size": 32, "rank": rank, "length": n, "blocks": blocks}
 
 
+@pytest.mark.method("T-11")
 def test_what_cannot_be_is_refused_and_leaves_the_model_as_it_was(tiny, batch):
     before = bert.fingerprint(tiny)
     refused = [

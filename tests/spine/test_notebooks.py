@@ -114,7 +114,7 @@ def test_every_artifact_keeps_its_contract_in_a_fresh_process(outcomes, chapter,
         for suffix in (".safetensors", ".json"):
             source = out / "artifacts" / f"{chapter}-{number:03d}{suffix}"
             os.link(source, tmp_path / source.name)  # a row that was refused leaves a file that the next one replaces
-    assert len(with_file) >= (2 if chapter == "00_bert_baseline" else 33)
+    assert len(with_file) >= {"00_bert_baseline": 2, "05_tensor_decomposition": 25}.get(chapter, 33)
     done = subprocess.run([sys.executable, "-m", "utils.contract", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 

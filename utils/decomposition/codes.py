@@ -29,7 +29,7 @@ def check_table(table: torch.Tensor) -> None:
         raise ValueError(f"a table is a (vocabulary, hidden) matrix of finite numbers, got shape {tuple(table.shape)}")
 
 
-def least_squares(index: torch.Tensor, table: torch.Tensor, size: int, ridge: float) -> torch.Tensor:
+def binary_least_squares(index: torch.Tensor, table: torch.Tensor, size: int, ridge: float) -> torch.Tensor:
     """D (size, hidden) of least |B D - E|^2 + ridge |D|^2, where row i of B has ones at `index[i]`; E is the table.
 
     `index` (n, places) may hold `size`, which stands for no place. Where B leaves D open, the ridge chooses a small one.
@@ -266,7 +266,7 @@ def binary_vectors(
     index = index.masked_fill(codes <= 0, atoms)  # none
     vectors = DictionaryVectors(*table.shape, atoms, index.shape[1], binary=True).to(table.device)
     vectors.index.copy_(index)
-    vectors.dictionary.copy_(least_squares(index, table, atoms, ridge))
+    vectors.dictionary.copy_(binary_least_squares(index, table, atoms, ridge))
     return vectors
 
 
@@ -401,7 +401,7 @@ def fit_codebooks(vectors: CompositionalVectors, table: torch.Tensor) -> None:
     """
     places = vectors.codes.long() + vectors.count * torch.arange(vectors.books, device=table.device)
     size = vectors.books * vectors.count
-    vectors.codebooks.copy_(least_squares(places, table, size, 1e-6 * len(table)).view_as(vectors.codebooks))
+    vectors.codebooks.copy_(binary_least_squares(places, table, size, 1e-6 * len(table)).view_as(vectors.codebooks))
 
 
 def nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
