@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.category import StrCategoryLocator
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
 from utils.results import Row
 
@@ -147,7 +147,10 @@ def legend_outside(axes: Axes, **options) -> None:
 
 def legend_below(figure: Figure, axes: Axes) -> None:
     """One legend for all panels, under them."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    column = (max(map(len, labels), default=1) + 5) * 0.55 * plt.rcParams["font.size"] / 72  # inches, with marker and gap
+    columns = max(1, min(4, int(figure.get_figwidth() / column)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def look(number: int) -> tuple[str, str]:
@@ -205,6 +208,13 @@ def heatmap(
             axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=size, color=shade)
 
 
+def plain_numbers(axis: Axis) -> None:
+    """Plain numbers at 1, 2 and 5 of every decade of a log scale: powers of ten collide where it spans less than two decades."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def number_width(values: np.ndarray, digits: int, size: float) -> float:
     """Points that the widest number of a map takes, with a little air."""
     return 0.6 * size * (max(len(f"{value:.{digits}f}") for value in np.ravel(values)) + 0.3)
@@ -249,6 +259,8 @@ def plane(
     axes.axhline(100 * baseline.accuracy, color="black", linewidth=0.7, linestyle=":")
     axes.scatter([origin], [100 * baseline.accuracy], marker="+", color="black", s=90, label="baseline", zorder=4)
     axes.set(xlabel=xlabel, ylabel="validation accuracy (%)", title=title)
+    if axes.get_xscale() == "log":
+        plain_numbers(axes.xaxis)
     if names:
         axes.figure.canvas.draw()  # labels are moved on the page, so the page must be laid out
         adjust_text(names, *zip(*places, strict=True), ax=axes, time_lim=0.25, arrowprops={"arrowstyle": "-", "color": "gray"})

@@ -53,6 +53,27 @@ def test_a_plane_without_rows_and_rows_without_speed(axes):
     assert axes.texts[:] == []
 
 
+def test_a_short_log_scale_has_plain_numbers_that_do_not_collide(axes):
+    axes.set_xscale("log")
+    axes.set_xlim(15, 99)
+    plots.plain_numbers(axes.xaxis)
+    axes.figure.canvas.draw()
+    said = [label.get_text() for label in axes.get_xticklabels(which="both") if label.get_text()]
+    assert {"20", "50"} <= set(said) <= {"1", "2", "5", "10", "20", "50", "100", "200"}
+    boxes = sorted((label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()), key=lambda box: box.x0)
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def test_a_legend_below_stays_inside_its_figure(axes):
+    for name in ("controls", "structured, common factors", "shared word vectors", "adaptive depth", "one layer"):
+        axes.plot([0, 1], [0, 1], label=name)
+    plots.legend_below(axes.figure, axes)
+    axes.figure.canvas.draw()
+    (legend,) = axes.figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= axes.figure.bbox.x1
+
+
 def test_numbers_stand_in_a_map_only_where_they_can_be_read(axes):
     plots.heatmap(axes, np.full((2, 3), -0.394), [0, 1, 2], [0, 1], "title", "unit", 2, vmin=-1, vmax=1)
     assert {text.get_text() for text in axes.texts} == {"-0.39"}
