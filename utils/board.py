@@ -78,18 +78,20 @@ class Board:
     @classmethod
     def open(
         cls, chapter: str, profile: str = "cpu", model: str = "embedded", dataset: str = "rotten_tomatoes",
-        seed: int = 0, device: str = "auto",
+        seed: int = 0, device: str = "auto", documents: bool = False,
     ) -> "Board":  # fmt: skip
         """Load model and data, fetch or train the baseline, and start the clock and the energy estimate.
 
+        `documents` takes the profile's sizes for texts of hundreds of tokens.
+
         Raises CompanionError for an unknown profile, model, data set or device, and for a baseline that learned nothing.
         """
-        sizes, where = profiles.get(profile), profiles.pick_device(device, profile)
+        sizes, where = profiles.get(profile, documents), profiles.pick_device(device, profile)
         torch.set_float32_matmul_precision("highest")
         task = tasks.load(dataset, bert.load_tokenizer(model), sizes)
         board = cls(chapter, sizes, task, fine_tuned(model, task, sizes, seed, where), seed, where, model)
         board._energy = costs.EnergyMeter()
-        ones = {f"batch{batch}": 1.0 for batch in costs.LATENCY_BATCHES}
+        ones = {f"batch{batch}": 1.0 for batch in sizes.latency_batches}
         as_dense = {"latency_ratio": ones, "latency_ratio_interval": None, "latency_ms": None}
         board._logits, board._timed = {}, {costs.structure(board.dense): (BASELINE, as_dense)}
         board._since = time.perf_counter()
@@ -459,7 +461,7 @@ class Board:
         if engine:
             return {"macs": self.baseline_row.macs, "macs_length": length, "peak_memory_bytes": None}
         return {"macs": costs.macs(model, length), "macs_length": length,
-                "peak_memory_bytes": costs.peak_memory(model, max(costs.LATENCY_BATCHES), length)}  # fmt: skip
+                "peak_memory_bytes": costs.peak_memory(model, max(self.profile.latency_batches), length)}  # fmt: skip
 
     def _latency(self, model: nn.Module, label: str, simulated: bool, races: dict[str, costs.Race] | None) -> dict:
         """Speed at both batch sizes, measured once per structure: weights of other values take no other time."""
@@ -470,7 +472,7 @@ class Board:
             of, timing = self._timed[structure]
             return {"structure": structure, "latency_of": of, **timing}
         found = races or {f"batch{batch}": self.race({label: model}, batch, self.profile.latency_rounds, 0.0)
-                          for batch in costs.LATENCY_BATCHES}  # fmt: skip
+                          for batch in self.profile.latency_batches}  # fmt: skip
         fields = {"latency_ratio": {name: round(race[label].value, 3) for name, race in found.items()},
                   "latency_ratio_interval": {name: costs.as_row(race[label], 3) for name, race in found.items()},
                   "latency_ms": {name: round(race.ms[label], 3) for name, race in found.items()}}  # fmt: skip

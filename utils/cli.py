@@ -28,7 +28,7 @@ console = Console(width=None if sys.stdout.isatty() else 150)
 errors = Console(stderr=True)
 OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # a full or closed disk is no fault of the program
 DEFAULT_PROFILE = os.environ.get("COMPANION_PROFILE") or "cpu"
-DEFAULTS = {"MODEL": "embedded", "DATASET": "rotten_tomatoes", "SEED": 0, "DEVICE": "auto"}
+DEFAULTS = {"MODEL": "embedded", "DATASET": None, "SEED": 0, "DEVICE": "auto"}  # None: the chapter's own
 
 Chapters = Annotated[list[str] | None, typer.Argument(help="Chapters, such as 01 or 01_pruning. All where none is named.")]
 ProfileOption = Annotated[str, typer.Option(help="smoke, cpu, full or gpu (full on CUDA with longer texts).")]
@@ -60,8 +60,11 @@ def run(
     profile: ProfileOption = DEFAULT_PROFILE,
     model: Annotated[str, typer.Option(help="embedded, a local folder, or a hub name.")] = "embedded",
     dataset: Annotated[
-        str, typer.Option(help="rotten_tomatoes, imdb, a local file or folder, or a hub name.")
-    ] = "rotten_tomatoes",
+        str | None,
+        typer.Option(
+            help="rotten_tomatoes, imdb, a local file or folder, or a hub name.", show_default="rotten_tomatoes, in 06 imdb"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time.")] = 1,
@@ -83,7 +86,7 @@ def run(
         raise CompanionError(f"--out {out} is a file: name a folder")
     for name in names:
         notebooks.weave(name, tuple(section or ()), track)  # an unknown section or track is told before anything starts
-    model, dataset = (str(Path(name).resolve()) if Path(name).exists() else name for name in (model, dataset))
+    model, dataset = (str(Path(name).resolve()) if name and Path(name).exists() else name for name in (model, dataset))
     preflight(profile, model, dataset, device)
     given = {"MODEL": model, "DATASET": dataset, "SEED": seed, "DEVICE": device}
     parameters = {name: value for name, value in given.items() if value != DEFAULTS[name]}
@@ -96,7 +99,7 @@ def run(
     finish(outcomes, request, stop)
 
 
-def preflight(profile: str, model: str, dataset: str, device: str) -> None:
+def preflight(profile: str, model: str, dataset: str | None, device: str) -> None:
     """Find a wrong argument before a notebook starts. Raises CompanionError."""
     from utils import profiles
 
@@ -106,7 +109,7 @@ def preflight(profile: str, model: str, dataset: str, device: str) -> None:
     from utils import bert, tasks
 
     profiles.pick_device(device, profile)
-    task = tasks.load(dataset, bert.load_tokenizer(model), sizes)
+    task = tasks.load(dataset or "rotten_tomatoes", bert.load_tokenizer(model), sizes)
     bert.load(model, task.num_labels)
 
 

@@ -28,9 +28,9 @@ from utils import bert
 from utils.metrics import Estimate, median_interval
 from utils.parts import Part, attention_macs
 from utils.parts.shared import fft_macs
+from utils.profiles import LATENCY_BATCHES as LATENCY_BATCHES
 from utils.training import steady_memory
 
-LATENCY_BATCHES = (1, 32)
 REST = 0.06  # seconds; workers of ONNX Runtime wait busily for 40 ms after their work and hold a core against whoever is next
 COMPONENTS = ("embeddings", "qkv", "attention_core", "attention_output", "ffn", "norms", "head", "other")
 PLACES = (  # the first pattern found in a path gives its component; `head` is pooler + classifier, `norms` the encoder's
@@ -274,25 +274,33 @@ def stopwatch(module: nn.Module, name: str, spent: dict[str, float]) -> tuple:
 
 
 def peak_memory(model: nn.Module, batch: int = 32, length: int = 32) -> int:
-    """Bytes needed for one forward pass: the model's own plus the highest sum of what the pass allocates.
+    """Bytes needed for one forward pass: the model's own plus the highest sum of what the pass allocates."""
+    device = next(model.parameters()).device
+    inputs = example_inputs(model, batch, length, device)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model(**inputs)
+
+    return sum(t.untyped_storage().nbytes() for t in _unique_storages(model)) + highest_allocation(forward, device)
+
+
+def highest_allocation(run: Callable[[], None], device: torch.device) -> int:
+    """Bytes: the highest sum of what `run()` has allocated and not freed yet.
 
     On the CPU the allocations are read from the profiler (scratch space inside matrix kernels is not PyTorch's to see); on
     CUDA from the allocator.
     """
-    device = next(model.parameters()).device
-    inputs = example_inputs(model, batch, length, device)
-    own = sum(t.untyped_storage().nbytes() for t in _unique_storages(model))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with torch.inference_mode():
-            model(**inputs)
-        return own + torch.cuda.max_memory_allocated() - before
-    with _quiet_profiler(), torch.profiler.profile(profile_memory=True) as profile, torch.inference_mode():
-        model(**inputs)
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with _quiet_profiler(), torch.profiler.profile(profile_memory=True) as profile:
+        run()
     events = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     level = np.cumsum([nbytes for _, nbytes in sorted(events, key=lambda event: event[0])])
-    return own + int(level.max(initial=0))
+    return int(level.max(initial=0))
 
 
 def _unique_storages(model: nn.Module) -> list[torch.Tensor]:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:  # the command looks a name up here, and need not wait for tor
     import torch
 
 
+LATENCY_BATCHES = (1, 32)
+
+
 @dataclass(frozen=True)
 class Profile:
     """Sizes and budgets of one profile. Steps are optimiser steps, sizes are sentences, lengths are tokens."""
@@ -44,6 +47,7 @@ class Profile:
     latency_seconds: float  # measuring time per model, batch size and round
     latency_length: int  # tokens per sentence in every timing
     latency_rounds: int  # interleaved rounds: baseline, model, baseline, model, ...
+    latency_batches: tuple[int, int] = LATENCY_BATCHES  # sentences a pass, the fewer first
 
 
 PROFILES = {
@@ -76,11 +80,27 @@ PROFILES = {
 PROFILES["gpu"] = replace(PROFILES["full"], name="gpu", max_length=128)
 
 
-def get(name: str) -> Profile:
-    """Look a profile up. Raises CompanionError for an unknown name."""
+DOCUMENTS = {  # what differs for documents (chapter 06): a step of 16 texts of 512 tokens costs four of 32 sentences
+    "smoke": {"max_length": 48, "latency_length": 16, "latency_batches": (1, 2)},
+    "cpu": {
+        "max_length": 512, "batch_size": 16, "train_size": 6000, "validation_size": 400, "baseline_steps": 150,
+        "recovery_steps": 30, "claim_steps": 30, "calibration_size": 160, "selection_size": 128,
+        "latency_length": 512, "latency_batches": (1, 4), "latency_rounds": 2,
+    },
+    "full": {
+        "max_length": 512, "batch_size": 16, "validation_size": 2000, "baseline_steps": 600,
+        "recovery_steps": 150, "claim_steps": 100, "calibration_size": 320, "selection_size": 256,
+        "latency_length": 512, "latency_batches": (1, 4), "latency_rounds": 3,
+    },
+}  # fmt: skip
+DOCUMENTS["gpu"] = DOCUMENTS["full"]
+
+
+def get(name: str, documents: bool = False) -> Profile:
+    """Look a profile up, or its like for texts of hundreds of tokens. Raises CompanionError for an unknown name."""
     if name not in PROFILES:
         raise CompanionError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)}")
-    return PROFILES[name]
+    return replace(PROFILES[name], **DOCUMENTS[name]) if documents else PROFILES[name]
 
 
 def pick_device(name: str = "auto", profile: str = "cpu") -> "torch.device":

@@ -107,10 +107,14 @@ def words(figure: "Figure") -> str:
 
 
 def picture(contents: list[dict]) -> "Figure":
-    """Accuracy against bytes and, where a speed of its own was measured, against speed: every row, one colour a family."""
+    """Accuracy against bytes and, where a speed of its own was measured, against speed: every row, one colour a family.
+
+    One baseline, one task: chapters of another data set than the first one's are left to their tables.
+    """
     from utils import plots
 
     baseline, _ = results.rows_of(contents[0])
+    contents = [content for content in contents if dataset_of(content) == dataset_of(contents[0])]
     rows = [row for content in contents for row in results.rows_of(content)[1]]
     ids = sorted({row.method for row in rows if row.method != "control"})
     families = {name: tuple(id for id in ids if id.startswith(letter)) for letter, name in FAMILIES.items()}
@@ -124,6 +128,11 @@ def picture(contents: list[dict]) -> "Figure":
     )
     plots.legend_below(figure, panels[0])
     return figure
+
+
+def dataset_of(content: dict) -> str | None:
+    """The data set that a chapter was measured on."""
+    return content["provenance"].get("parameters", {}).get("DATASET")
 
 
 # --- several machines, several commits ------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from utils import CompanionError, cache
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = 118  # of a printed line
+SPEED = "speed"
 RECORD = ("full", "cpu")  # profiles whose results count, the better first
 ENTRIES = {
     "chapter": str,
@@ -111,7 +112,7 @@ class Row:
             "vs dense control": interval(against["difference"], against["ci95"]) if against else "",
             "loyalty": "" if is_baseline or self.label_loyalty is None else f"{100 * self.label_loyalty:.0f} %",
             "MB": f"{self.stored_bytes / 1e6:.1f}", "MMAC": f"{self.macs / 1e6:.0f}",
-            "speed ×1 / ×32": self.speeds(), "train s": f"{self.train_seconds:.0f}",
+            SPEED: self.speeds(), "train s": f"{self.train_seconds:.0f}",
         }  # fmt: skip
 
     def speeds(self) -> str:
@@ -120,8 +121,11 @@ class Row:
             return "emulated"
         if self.latency_of == "baseline":
             return "as dense"
-        one, many = self.speed(1), self.speed(32)
-        return "" if one is None or many is None else f"{one:.2f} / {many:.2f}"
+        return " / ".join(f"{self.speed(batch):.2f}" for batch in self.batches())
+
+    def batches(self) -> list[int]:
+        """The batch sizes at which speed was measured."""
+        return [int(name.removeprefix("batch")) for name in self.latency_ratio or {}]
 
     def summary(self) -> str:
         """What a reader sees right after a method ran: one line, folded where it is longer than a page is wide."""
@@ -158,7 +162,10 @@ def table(rows: list[Row], baseline: Row | None = None) -> tuple[list[str], list
     """Column names and the cells of every line, the baseline first; columns that are empty throughout are left out."""
     lines = [row.cells() for row in ([baseline] if baseline else []) + rows]
     names = [name for name in (lines[0] if lines else {}) if any(line[name] for line in lines)]
-    return names, [[line[name] for name in names] for line in lines]
+    measured = next((row.batches() for row in rows if row.latency_ratio), [])
+    speed = " ".join([SPEED, " / ".join(f"×{batch}" for batch in measured)]).strip()
+    headings = [speed if name == SPEED else name for name in names]
+    return headings, [[line[name] for name in names] for line in lines]
 
 
 def as_frame(rows: list[Row], baseline: Row | None = None) -> pandas.DataFrame:

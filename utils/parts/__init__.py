@@ -23,10 +23,20 @@ from utils.parts.embeddings import (
     TwoComponentVectors,
 )
 from utils.parts.factorised import GatedLowRankLinear
+from utils.parts.hashing import LSHAttention
 from utils.parts.linear import GroupedLinear, LowRankLinear
 from utils.parts.mobile import MobileBertLayer, TrigramEmbeddings
 from utils.parts.part import Part
+from utils.parts.patterns import (
+    BlockAttention,
+    FixedAttention,
+    GlobalWindowAttention,
+    StridedAttention,
+    WindowAttention,
+)
+from utils.parts.projected import LinformerAttention, StarAttention
 from utils.parts.shared import HashedLinear, HashedVectors, QuaternionLinear, RandomlySharedLinear, ToeplitzLinear
+from utils.parts.sorting import SinkhornAttention, SinkhornMixture, SortCutAttention
 from utils.parts.students import BiLSTM, SpelledBert, TextCNN
 from utils.parts.tensors import BlockTermLinear, CPLinear, TensorTrainLinear, TensorTrainVectors, TuckerLinear
 from utils.parts.trilinear import TrilinearAttention
@@ -80,6 +90,17 @@ PARTS: dict[str, type[Part]] = {
         CPLinear,
         TuckerLinear,
         TrilinearAttention,
+        BlockAttention,
+        StridedAttention,
+        FixedAttention,
+        LSHAttention,
+        StarAttention,
+        LinformerAttention,
+        SinkhornAttention,
+        SortCutAttention,
+        SinkhornMixture,
+        WindowAttention,
+        GlobalWindowAttention,
     )
 }
 

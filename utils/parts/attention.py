@@ -22,20 +22,45 @@ def padding_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) ->
     return attention_mask
 
 
+# --- L-11 Linear Transformer ---
+
+
+def feature_map(x: torch.Tensor) -> torch.Tensor:
+    """phi(x) = elu(x) + 1 > 0, written so that it stays positive: elu rounds to -1 below -17 (float32) or -6 (bfloat16)."""
+    return x.clamp(max=0).exp() + x.relu()
+
+
 def linear_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
 ) -> tuple[torch.Tensor, None]:
     """Attention in linear time: phi(Q) (phi(K)^T V) over phi(Q) sum(phi(K)), with phi(x) = elu(x) + 1.
 
     `query`, `key`, `value` (batch, heads, length, head size), `attention_mask` (batch, length); returns (batch, length, heads,
-    head size). No length x length tensor is formed. Katharopoulos et al. 2020 (arXiv 2006.16236).
+    head size). No length x length tensor is formed. Katharopoulos et al. 2020 (arXiv 2006.16236), survey 7.2.
     """
-    q, k = nn.functional.elu(query) + 1, nn.functional.elu(key) + 1
+    q, k = feature_map(query), feature_map(key)
     if attention_mask is not None:
         k = k * attention_mask[:, None, :, None].to(k.dtype)
     summary = k.transpose(-1, -2) @ value  # (batch, heads, head size, head size)
     weight = q @ k.sum(-2).unsqueeze(-1)  # (batch, heads, length, 1)
-    return ((q @ summary) / weight.clamp(min=1e-6)).transpose(1, 2), None
+    return ((q @ summary) / weight.clamp(min=1e-6)).transpose(1, 2), None  # no text at all: 0 / 1e-6
+
+
+# --- L-10 efficient attention ---
+
+
+def efficient_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """Two softmaxes in place of one: over a query's features, and over the positions of each feature of the keys.
+
+    softmax_d(Q) (softmax_n(K)^T V), shapes as in `linear_attention`; nothing is divided by sqrt(d). Padding is left out of the
+    softmax over positions. Shen et al. 2018 (arXiv 1812.01243), whose code says so; survey 7.2 prints softmax(K^T V).
+    """
+    if attention_mask is not None:
+        key = key.masked_fill(attention_mask[:, None, :, None] == 0, torch.finfo(key.dtype).min)
+    context = key.softmax(-2).transpose(-1, -2) @ value  # (batch, heads, head size, head size)
+    return (query.softmax(-1) @ context).transpose(1, 2), None
 
 
 def quaternion_attention(
@@ -64,13 +89,23 @@ def quaternion_attention(
     return attended.permute(0, 3, 1, 2, 4).flatten(-2), None
 
 
+def own_attention(*args, **kwargs) -> tuple[torch.Tensor, None]:
+    """What `own` stands for: attention by parts in the layers' places. Raises ValueError where a layer has none."""
+    raise ValueError("the attention 'own' is that of utils.parts.self_attention, and a layer of this model has none")
+
+
+OWN = "own"
 ATTENTIONS: dict[str, Attention] = {
     "linear": Attention(
         linear_attention, lambda length, num_heads, head_size: num_heads * length * head_size * (2 * head_size + 1)
     ),
+    "efficient": Attention(
+        efficient_attention, lambda length, num_heads, head_size: 2 * num_heads * length * head_size * head_size
+    ),
     "quaternion": Attention(
         quaternion_attention, lambda length, num_heads, head_size: 5 * length * length * num_heads * head_size
     ),
+    OWN: Attention(own_attention, lambda length, num_heads, head_size: 0),
 }
 for _name, _attention in ATTENTIONS.items():
     AttentionInterface.register(_name, _attention.forward)
