@@ -124,8 +124,8 @@ class Row:
         return " / ".join(f"{self.speed(batch):.2f}" for batch in self.batches())
 
     def batches(self) -> list[int]:
-        """The batch sizes at which speed was measured."""
-        return [int(name.removeprefix("batch")) for name in self.latency_ratio or {}]
+        """The batch sizes at which speed was measured (a row may hold other races, too)."""
+        return [int(name.removeprefix("batch")) for name in self.latency_ratio or {} if name.startswith("batch")]
 
     def summary(self) -> str:
         """What a reader sees right after a method ran: one line, folded where it is longer than a page is wide."""
@@ -162,7 +162,7 @@ def table(rows: list[Row], baseline: Row | None = None) -> tuple[list[str], list
     """Column names and the cells of every line, the baseline first; columns that are empty throughout are left out."""
     lines = [row.cells() for row in ([baseline] if baseline else []) + rows]
     names = [name for name in (lines[0] if lines else {}) if any(line[name] for line in lines)]
-    measured = next((row.batches() for row in rows if row.latency_ratio), [])
+    measured = next((row.batches() for row in rows if row.batches()), [])
     speed = " ".join([SPEED, " / ".join(f"×{batch}" for batch in measured)]).strip()
     headings = [speed if name == SPEED else name for name in names]
     return headings, [[line[name] for name in names] for line in lines]

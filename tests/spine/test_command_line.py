@@ -169,6 +169,11 @@ def test_what_is_usual_is_no_parameter_and_local_data_have_a_full_path(companion
     assert request.parameters == {"DATASET": str(tmp_path.resolve() / "my.csv")} and request.sections == ()
 
 
+def test_a_data_set_that_is_asked_for_is_passed_on_whichever_it_is(companion, no_work):
+    companion("run", "00", "--dataset", "rotten_tomatoes")  # in chapter 06 it is not the usual one
+    assert no_work[0][1].parameters == {"DATASET": "rotten_tomatoes"}
+
+
 def test_help_names_every_command(companion):
     _, said, _ = companion("--help")
     assert all(f" {name} " in said for name in ("doctor", "run", "weave", "catalogue", "report", "bench", "lint"))
@@ -226,6 +231,16 @@ def test_the_readme_takes_the_full_profile_where_there_is_one(companion, out, tm
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale table" not in text
     assert "in full" in text and "profile full" in text and text.count("heads by [/]") == 1 and "of a section" not in text
+
+
+def test_the_picture_shows_one_task_and_leaves_others_to_their_tables():
+    here, there = content("01_pruning"), content("06_subquadratic_transformers")
+    for one, name in ((here, "rotten_tomatoes"), (there, "imdb")):
+        one["provenance"] = {**one["provenance"], "parameters": {"DATASET": name}}
+    there["rows"] = [{**there["rows"][0], "method": "L-01"}]
+    assert "sub-quadratic" not in report.words(report.picture([here, there]))
+    there["provenance"]["parameters"]["DATASET"] = "rotten_tomatoes"
+    assert "sub-quadratic" in report.words(report.picture([here, there]))
 
 
 # --- weave, lint ----------------------------------------------------------------------------------------------------

@@ -53,6 +53,13 @@ def test_one_row_three_renderings():
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1  # a bar inside a cell adds no column
 
 
+def test_the_heading_names_the_batch_sizes_that_were_measured():
+    few = a_row(latency_ratio={"batch1": 1.25, "batch4": 2.5})
+    assert results.as_frame([few], BASELINE).loc["P-20a", "speed ×1 / ×4"] == "1.25 / 2.50" and few.batches() == [1, 4]
+    assert "speed ×1 / ×32" in results.as_frame([a_row(latency_ratio=None), a_row()], BASELINE).columns
+    assert results.table([a_row(simulated=True, latency_ratio=None)], BASELINE)[0][-2] == "speed"
+
+
 AGAINST = {"control": "dense, 30 steps at 0.0001", "difference": -0.012, "ci95": [-0.02, 0.001]}
 
 
