@@ -80,11 +80,11 @@ PROFILES = {
 PROFILES["gpu"] = replace(PROFILES["full"], name="gpu", max_length=128)
 
 
-DOCUMENTS = {  # what differs for documents (chapter 06): a step of 16 texts of 512 tokens costs four of 32 sentences
+DOCUMENTS = {  # what differs for documents (chapter 06): a step of 8 texts of 512 tokens costs five of 32 sentences
     "smoke": {"max_length": 48, "latency_length": 16, "latency_batches": (1, 2)},
     "cpu": {
-        "max_length": 512, "batch_size": 16, "train_size": 6000, "validation_size": 400, "baseline_steps": 150,
-        "recovery_steps": 30, "claim_steps": 30, "calibration_size": 160, "selection_size": 128,
+        "max_length": 512, "batch_size": 8, "train_size": 6000, "validation_size": 400, "baseline_steps": 200,
+        "recovery_steps": 25, "recovery_learning_rate": 1e-4, "claim_steps": 25, "calibration_size": 160, "selection_size": 128,
         "latency_length": 512, "latency_batches": (1, 4), "latency_rounds": 2,
     },
     "full": {
