@@ -105,8 +105,8 @@ def parameters_by_component(model: nn.Module) -> dict[str, int]:
 
 
 def structure(model: nn.Module) -> str:
-    """A short name for what decides how fast a model is: classes, shapes, types, attention, and which tensors are one (a cache may
-    hold those), but no value of any weight."""
+    """A short name for what decides how fast a model is: classes, options of parts, shapes, types, attention, and which tensors are
+    one (a cache may hold those), but no value of any weight."""
     digest = hashlib.sha256(str(getattr(model.config, "_attn_implementation", None)).encode())
     numbers, order = {}, []  # the number of a tensor, by its first place; numbers at all places
     for path, module in model.named_modules(remove_duplicate=False):
@@ -114,7 +114,8 @@ def structure(model: nn.Module) -> str:
         tensors = [(name, own[name]) for name in sorted(own) if own[name] is not None]
         order += [numbers.setdefault(id(t), len(numbers)) for _, t in tensors]
         shapes = [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors]
-        digest.update(f"{path} {type(module).__name__} {shapes}".encode())
+        options = module.options() if isinstance(module, Part) else {}  # a window's width is in no shape
+        digest.update(f"{path} {type(module).__name__} {options} {shapes}".encode())
     if len(numbers) < len(order):
         digest.update(str(order).encode())
     return digest.hexdigest()[:12]

@@ -84,7 +84,7 @@ DOCUMENTS = {  # what differs for documents (chapter 06): a step of 8 texts of 5
     "smoke": {"max_length": 48, "latency_length": 16, "latency_batches": (1, 2)},
     "cpu": {
         "max_length": 512, "batch_size": 8, "train_size": 6000, "validation_size": 400, "baseline_steps": 200,
-        "recovery_steps": 25, "recovery_learning_rate": 1e-4, "claim_steps": 25, "calibration_size": 160, "selection_size": 128,
+        "recovery_steps": 50, "claim_steps": 50, "calibration_size": 160, "selection_size": 128,
         "latency_length": 512, "latency_batches": (1, 4), "latency_rounds": 2,
     },
     "full": {

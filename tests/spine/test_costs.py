@@ -9,6 +9,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from utils import bert, costs, parts
+from utils.parts.patterns import WindowAttention
+from utils.parts.self_attention import replace_attention
 from utils.structure import remove_heads, remove_neurons
 
 
@@ -72,6 +74,15 @@ def test_structure_ignores_values_and_sees_shapes_types_parts_and_attention(tiny
     others = [named(lambda model: remove_neurons(model, {0: torch.arange(16)})), named(lambda model: model.bfloat16()), named(low_rank),
               named(lambda model: setattr(model.config, "_attn_implementation", "linear"))]  # fmt: skip
     assert len({costs.structure(tiny), *others}) == 5
+
+
+def test_structure_sees_options_of_parts_that_are_in_no_shape(tiny):
+    def windowed(window: int) -> str:
+        model = copy.deepcopy(tiny)
+        replace_attention(model, lambda attention, _: WindowAttention.from_attention(attention, window=window, dilations=[1] * 4))
+        return costs.structure(model)
+
+    assert windowed(2) == windowed(2) != windowed(4)
 
 
 def test_structure_sees_which_tensors_are_one(tiny):

@@ -67,7 +67,7 @@ def dense(part: LSHAttention, x: torch.Tensor, added: torch.Tensor) -> torch.Ten
 # --- the contract ---------------------------------------------------------------------------------------------------
 
 OPTIONS = {"two": {"chunk": 4}, "one": {"chunk": 4, "rounds": 1}, "fixed": {"chunk": 3, "buckets": 4, "count_once": False},
-           "many": {"chunk": 1, "rounds": 3, "start": "mean"}}  # fmt: skip
+           "many": {"chunk": 1, "rounds": 3, "start": "mean"}, "lots": {"chunk": 4, "by_lot": True}}  # fmt: skip
 
 
 def test_every_model_comes_back_in_a_fresh_process(tiny, tmp_path):
@@ -218,7 +218,9 @@ def test_transformers_reformer_computes_the_same(rounds, chunk):
 # --- padding ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"chunk": 4}, {"chunk": 2, "rounds": 3}, {"chunk": 1, "rounds": 1}, {"chunk": 64}])
+@pytest.mark.parametrize(
+    "options", [{"chunk": 4}, {"chunk": 2, "rounds": 3}, {"chunk": 1, "rounds": 1}, {"chunk": 64}, {"chunk": 4, "by_lot": True}]
+)
 def test_neither_padding_nor_the_rest_of_the_batch_changes_a_text(options):
     part, x = make(**options), torch.randn(4, 150, 32)
     text = torch.arange(150) < torch.tensor([150, 7, 1, 40])[:, None]
@@ -278,6 +280,19 @@ def test_the_hash_finds_more_of_the_highest_scores_than_windows_at_random():
     one = make(chunk=8, rounds=1)
     for length in (128, 60, 8, 3):
         assert hash_recall(one, x[:length], top=1)[1] == pytest.approx(window_share(length, 8))
+
+
+def test_buckets_by_lot_know_nothing_and_find_what_chance_finds():
+    part, x, text = make(chunk=8, rounds=2, by_lot=True), torch.randn(2, 1, 4, 512, 8), torch.ones(1, 512, dtype=torch.bool)
+    first, other = (torch.stack(part.hash(q, text)) for q in x)
+    assert torch.equal(first, other) and not torch.equal(first[0], first[1]) and not torch.equal(first[:, :, 0], first[:, :, 1])
+    shares = first.flatten().bincount(minlength=128) / first.numel()
+    assert len(shares) == 128 and shares.max() < 3 / 128 and shares.min() > 0
+    found, seen = hash_recall(part, torch.randn(512, 32))
+    assert found == pytest.approx(seen, abs=0.01) and seen == pytest.approx(1 - (1 - window_share(512, 8)) ** 2, abs=1e-3)
+    assert not torch.equal(torch.stack(make(chunk=8, by_lot=True, seed=1).hash(x[0], text)), first)
+    part.train()
+    assert not torch.equal(torch.stack(part.hash(x[0], text)), first)
 
 
 # --- one projection out of two ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from utils import artifacts, bert, contract, costs, parts, profiles, training
-from utils.parts.attention import efficient_attention, feature_map, linear_attention
+from utils.parts.attention import efficient_attention, feature_map, linear_attention, mean_attention
 from utils.parts.projected import BLOCK, LinformerAttention, StarAttention, segment_means, text_share
 from utils.subquadratic import adaptation, linear
 
@@ -324,10 +324,10 @@ def test_what_cannot_be_projected_is_refused(model):
 @pytest.mark.method("L-06a")
 def test_few_singular_values_hold_a_smooth_map_and_none_are_left_beyond_the_rank():
     maps = torch.randn(2, 3, 12, 4) @ torch.randn(2, 3, 4, 12)
-    share = linear.spectrum_share(maps, 4)
-    assert share.shape == (2, 3)
-    torch.testing.assert_close(share, torch.ones(2, 3))
-    torch.testing.assert_close(linear.spectrum_share(torch.diag(torch.tensor([1.0, 3.0, -2.0])), 1), torch.tensor(0.5))
+    share = linear.spectrum_share(maps)
+    assert share.shape == (2, 3, 12) and (share[..., 2] < 1 - 1e-3).all()
+    torch.testing.assert_close(share[..., 3:], torch.ones(2, 3, 9))
+    torch.testing.assert_close(linear.spectrum_share(torch.diag(torch.tensor([1.0, 3.0, -2.0]))), torch.tensor([3.0, 5, 6]) / 6)
 
 
 # --- L-10, L-11 -----------------------------------------------------------------------------------------------------
@@ -397,6 +397,48 @@ def test_the_rank_of_a_map_tells_who_multiplied_keys_with_values_first():
     evenness = {name: linear.map_evenness(found).mean().item() for name, found in (maps | {"dense": dense}).items()}
     assert evenness["dense"] < evenness["linear"] < 1 and evenness["dense"] < evenness["efficient"] < 1
     torch.testing.assert_close(linear.map_evenness(torch.full((3, 8, 8), 1 / 8)), torch.ones(3))
+
+
+@pytest.mark.method("L-11")
+def test_the_control_gives_every_token_the_mean_of_its_text():
+    (q, k, v), text = states(9, 3), texts(9, 6, 0)
+    found, _ = mean_attention(None, q, k, v, text.long())
+    for row, length in enumerate((9, 6)):
+        expected = v[row, :, :length].mean(1).expand(9, -1, -1)  # (heads, size), for each of the 9 tokens
+        torch.testing.assert_close(found[row], expected)
+    assert (found[2] == 0).all()
+    torch.testing.assert_close(mean_attention(None, q, k, v, None)[0][0], found[0])
+    mean = adaptation.attention_map(adaptation.core_of("mean"), q[0], k[0])
+    assert (linear.map_rank(mean) == 1).all()
+    torch.testing.assert_close(linear.map_evenness(mean), torch.ones(4))
+
+
+@pytest.mark.method("L-11")
+def test_a_model_with_the_control_trains_saves_and_counts(batch, tmp_path):
+    model = make()
+    linear.use_attention(model, "mean")
+    assert costs.macs(model, 9, 2) == costs.measured_macs(model, 9, 2)
+    training.train(model, task_of(batch), profiles.get("smoke"), steps=1, learning_rate=1e-2)
+    artifacts.save(model, tmp_path / "mean")
+    assert artifacts.load(tmp_path / "mean").config._attn_implementation == "mean"
+
+
+@pytest.mark.method("L-05", "L-06a", "L-10", "L-11")
+@pytest.mark.parametrize("name", ["star", "no sharing", "efficient", "linear"])
+def test_maps_of_layers_are_what_the_layers_do_to_the_dense_models_states(name):
+    torch.manual_seed(1)
+    dense = make()
+    model = bert.fresh_copy(dense)
+    MADE[name](model)
+    ids = torch.randint(1, 100, (1, 11))
+    maps = linear.layer_maps(model.eval(), dense, ids)
+    assert maps.shape == (2, 4, 11, 11)
+    pairs = adaptation.dense_pairs(dense, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    for layer, found, (x, _) in zip(model.bert.encoder.layer, maps, pairs, strict=True):
+        attention = layer.attention.self
+        values = attention.value(x)[0].unflatten(-1, (4, -1)).transpose(0, 1)
+        expected = attention(x, torch.ones_like(ids))[0][0]
+        torch.testing.assert_close((found @ values).transpose(0, 1).flatten(1), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.method("L-10", "L-11")

@@ -419,16 +419,43 @@ def test_a_model_keeps_its_weights_trains_and_computes_in_bfloat16(name, dense, 
 @every_pattern
 def test_attention_kept_is_the_share_that_the_pattern_sees(name, dense, batch):
     model, cut = put(name, copy.deepcopy(dense)), {key: batch[key][:2, :7] for key in ("input_ids", "attention_mask")}
-    kept = patterns.attention_kept(model, dense, cut)
+    attention = patterns.mean_attention(dense, cut)
+    kept = patterns.attention_kept(model, attention)
     assert kept.shape == (2,) and (kept <= 1 + 1e-6).all() and (kept > 0).all()
     with bert.attention(dense, "eager"):
         maps = dense(cut["input_ids"], cut["attention_mask"], output_attentions=True).attentions
     for layer, found in enumerate(maps):
+        torch.testing.assert_close(attention[layer], found.mean(0))
         mask = patterns.pattern(model.bert.encoder.layer[layer].attention.self, 7)
         expected = sum(found[:, h, i, j].mean() for h in range(4) for i in range(7) for j in range(7) if mask[h, i, j]) / 28
         torch.testing.assert_close(kept[layer], expected)
     with pytest.raises(ValueError, match="texts of one length"):
-        patterns.attention_kept(model, dense, batch)
+        patterns.mean_attention(dense, batch)
+
+
+@pytest.mark.method("L-01", "L-12a", "L-12c")
+def test_what_is_heard_of_goes_through_any_head_and_layer_by_layer():
+    blocks = patterns.block_pattern(8, 2, [0, 1])
+    assert patterns.heard([blocks] * 3)[:, 0].sum(-1).tolist() == [4, 6, 8]
+    dilated = patterns.windows_pattern(8, [(1, 2)])
+    assert patterns.heard([dilated] * 9)[-1, 7].tolist() == [False, True] * 4  # odd places hear of odd ones only
+    first = patterns.windows_pattern(8, [(1, 1)], global_tokens=1)
+    assert patterns.heard([first, dilated])[0, 7].tolist() == [True] + [False] * 5 + [True] * 2
+    assert patterns.heard([first, dilated])[1, 7].nonzero().flatten().tolist() == [0, 4, 5, 6, 7]  # of 5, what 5 heard before
+    assert patterns.heard([dilated, first])[1, 7].nonzero().flatten().tolist() == [0, 2, 4, 5, 6, 7]
+
+
+@pytest.mark.method("L-01", "L-12a", "L-12c")
+def test_the_summary_of_a_pattern(dense, batch):
+    attention = patterns.mean_attention(dense, {key: batch[key][:1] for key in ("input_ids", "attention_mask")})
+    patterns.block_attention(model := copy.deepcopy(dense), 4, length=60, local_heads=4)
+    found = patterns.summary(model, dense, attention, 60)
+    assert found["pairs"] == pytest.approx(1 / 4) and found["core"] == 1 / 4 and found["kept"] == pytest.approx(1)  # 9 tokens
+    assert found["model"] == costs.macs(model, 60) / costs.macs(dense, 60) < 1
+    assert found["heard by [CLS]"] == 15 and math.isnan(found["all heard in layer"])
+    patterns.window_attention(model := copy.deepcopy(dense), 4, global_tokens=1)
+    found = patterns.summary(model, dense, attention, 60)
+    assert found["heard by [CLS]"] == 60 and found["all heard in layer"] == 2
 
 
 @pytest.mark.method("L-01", "L-02", "L-03", "L-12a", "L-12b", "L-12c")

@@ -63,6 +63,25 @@ def efficient_attention(
     return (query.softmax(-1) @ context).transpose(1, 2), None
 
 
+# --- a control ---
+
+
+def mean_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """Every token gets the mean of its text's values, whatever it asks: a control for attentions that may look at all alike.
+
+    Shapes as in `linear_attention`. Queries and keys have no say, and no gradient.
+    """
+    text = torch.ones_like(value[:, 0, :, 0]) if attention_mask is None else attention_mask.to(value.dtype)
+    total = (value * text[:, None, :, None]).sum(-2, keepdim=True)
+    mean = total / text.sum(-1).clamp(min=1)[:, None, None, None]  # no text at all: 0 / 1
+    return mean.expand_as(value).transpose(1, 2), None
+
+
+# --- S-08 quaternion attention ---
+
+
 def quaternion_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -105,6 +124,7 @@ ATTENTIONS: dict[str, Attention] = {
     "quaternion": Attention(
         quaternion_attention, lambda length, num_heads, head_size: 5 * length * length * num_heads * head_size
     ),
+    "mean": Attention(mean_attention, lambda length, num_heads, head_size: 0),  # sums alone, no products
     OWN: Attention(own_attention, lambda length, num_heads, head_size: 0),
 }
 for _name, _attention in ATTENTIONS.items():

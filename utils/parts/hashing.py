@@ -198,7 +198,8 @@ class LSHAttention(SelfAttention):
     Kitaev, Kaiser and Levskaya 2020 (arXiv 2001.04451), survey 7.1. Time O(n log n) for the sort, and memory linear in the
     length. The number of buckets follows the tokens of each text (`bucket_bits`), unless `buckets` says it; in training every
     pass draws its rotations anew, in evaluation they are those of the `seed`. A token attends to itself only where its
-    windows hold no other text.
+    windows hold no other text. With `by_lot` the hash knows nothing: each place of a text draws its buckets, whatever stands
+    there; the control of what the hash finds.
 
     From a pre-trained BERT: one projection stands for two (`shared_projection` makes it); a BERT attends in both directions,
     so that no causal mask is left, and a query still sees its chunk and the one before, not the one after. Unlike in the
@@ -211,14 +212,15 @@ class LSHAttention(SelfAttention):
 
     def __init__(
         self, hidden_size: int, num_attention_heads: int, chunk: int = 64, rounds: int = 2, buckets: int | None = None,
-        count_once: bool = True, seed: int = 0,
+        count_once: bool = True, seed: int = 0, by_lot: bool = False,
     ):  # fmt: skip
         super().__init__(hidden_size, num_attention_heads)
         if chunk < 1 or rounds < 1:
             raise ValueError(f"chunk and rounds must be at least 1, got {chunk} and {rounds}")
         if buckets is not None and buckets not in [2**bits for bits in range(1, MOST + 1)]:
             raise ValueError(f"buckets must be a power of two from 2 to {2**MOST}, or None for the text's own, got {buckets}")
-        self.chunk, self.rounds, self.buckets, self.count_once, self.seed = chunk, rounds, buckets, count_once, seed
+        self.chunk, self.rounds, self.buckets = chunk, rounds, buckets
+        self.count_once, self.seed, self.by_lot = count_once, seed, by_lot
         self.key = self.query
         shape = (rounds, 2, num_attention_heads, self.attention_head_size, 2 ** (SINGLE - 1))
         rotations = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -253,14 +255,25 @@ class LSHAttention(SelfAttention):
     @torch.no_grad()
     def hash(self, q: torch.Tensor, text: torch.Tensor) -> list[torch.Tensor]:
         """Buckets of each round, (batch, heads, length); padding has a bucket of its own behind all others."""
-        bits, columns = self.bits(text.sum(-1)), self.columns(text.shape[1])
-        rotations = torch.randn_like(self.rotations) if self.training else self.rotations
-        pairs = [[rotation[..., :count] for rotation, count in zip(pair, columns, strict=True)] for pair in rotations]
-        return [lsh_buckets(q, pair, bits).masked_fill(~text.unsqueeze(1), 2**MOST) for pair in pairs]
+        bits = self.bits(text.sum(-1))
+        if self.by_lot:
+            found = self.lots(text.shape[1], bits)
+        else:
+            columns, rotations = self.columns(text.shape[1]), self.rotations
+            rotations = torch.randn_like(rotations) if self.training else rotations
+            pairs = [[rotation[..., :count] for rotation, count in zip(pair, columns, strict=True)] for pair in rotations]
+            found = [lsh_buckets(q, pair, bits) for pair in pairs]
+        return [buckets.masked_fill(~text.unsqueeze(1), 2**MOST) for buckets in found]
+
+    def lots(self, length: int, bits: torch.Tensor) -> list[torch.Tensor]:
+        """For each round a bucket drawn for every place and head, (batch, heads, length), below 2^bits; bits (batch,)."""
+        source = None if self.training else torch.Generator().manual_seed(self.seed)
+        lots = torch.rand(length, self.rounds, self.num_attention_heads, generator=source).to(bits.device)
+        return [(lot.mT * (1 << bits)[:, None, None]).long() for lot in lots.unbind(1)]
 
     def columns(self, length: int) -> tuple[int, int]:
-        """Directions of the two hashes for texts of up to that length."""
-        return hash_columns(int(self.bits(torch.tensor(length))))
+        """Directions of the two hashes for texts of up to that length; lots need none."""
+        return (0, 0) if self.by_lot else hash_columns(int(self.bits(torch.tensor(length))))
 
     def core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """As in `SelfAttention`; the keys are the queries, `k` is not looked at."""
@@ -277,5 +290,6 @@ class LSHAttention(SelfAttention):
         return 2 * length * self.all_head_size**2 + self.core_macs(length)
 
     def options(self) -> dict:
-        """Hidden size, heads, chunk, rounds, buckets, how pairs are counted, and the seed of the rotations."""
-        return super().options() | {name: getattr(self, name) for name in ("chunk", "rounds", "buckets", "count_once", "seed")}
+        """Hidden size, heads, chunk, rounds, buckets, how pairs are counted, the seed, and whether buckets are drawn by lot."""
+        names = ("chunk", "rounds", "buckets", "count_once", "seed", "by_lot")
+        return super().options() | {name: getattr(self, name) for name in names}

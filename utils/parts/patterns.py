@@ -101,6 +101,20 @@ def partner_blocks(filled: torch.Tensor, shift: int) -> torch.Tensor:
     return torch.where(number < count, (number + shift) % count, number)
 
 
+def partner_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: torch.Tensor, block: int, shifts: list[int]
+) -> torch.Tensor:
+    """A softmax over the partner block, for the heads of one shift at a time; (batch, length, heads, head size)."""
+    length, found = q.shape[1], []
+    q, k, v, text = (fold(x, block) for x in (q, k, v, text))
+    row = torch.arange(len(q), device=q.device)[:, None]
+    for shift, heads in head_runs(shifts):
+        partner = (row, partner_blocks(text.any(-1), shift)) if shift else ...  # its own: nothing is copied
+        keys = Keys(k[..., heads, :][partner], v[..., heads, :][partner], text[partner][:, :, None, None])
+        found.append(attend(q[..., heads, :], keys))
+    return torch.cat(found, 3).flatten(1, 2)[:, :length]
+
+
 class BlockAttention(PatternAttention):
     """BlockBERT: a block of queries looks at one block of keys, in every head at that of another permutation.
 
@@ -119,15 +133,8 @@ class BlockAttention(PatternAttention):
         self.block, self.shifts = block, list(shifts)
 
     def attended(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """A softmax over the partner block, for the heads of one shift at a time."""
-        length, found = q.shape[1], []
-        q, k, v, text = (fold(x, min(self.block, length)) for x in (q, k, v, text))
-        row = torch.arange(len(q), device=q.device)[:, None]
-        for shift, heads in head_runs(self.shifts):
-            partner = (row, partner_blocks(text.any(-1), shift)) if shift else ...  # its own: nothing is copied
-            keys = Keys(k[..., heads, :][partner], v[..., heads, :][partner], text[partner][:, :, None, None])
-            found.append(attend(q[..., heads, :], keys))
-        return torch.cat(found, 3).flatten(1, 2)[:, :length]
+        """Every head over its partner blocks."""
+        return partner_attention(q, k, v, text, min(self.block, q.shape[1]), self.shifts)
 
     def core_macs(self, length: int) -> int:
         """Every query meets the keys of one block, twice: for its scores, and for the sum that they weight."""
@@ -333,6 +340,15 @@ class WindowAttention(WindowedAttention):
         return [(self.window // 2, dilation) for dilation in self.dilations]
 
 
+def window_and_globals(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: torch.Tensor, windows: list[tuple[int, int]], first: int
+) -> torch.Tensor:
+    """Windows without the `first` tokens, and these beside them in one softmax: nobody counts them twice. See `head_windows`."""
+    everywhere = Keys(k[:, None, :first], v[:, None, :first], text[:, None, None, None, :first])
+    local = text & (torch.arange(text.shape[1], device=text.device) >= first)
+    return head_windows(q, k, v, local, windows, everywhere)
+
+
 class GlobalWindowAttention(WindowAttention):
     """Longformer's window, and the first `global_tokens` tokens, which everyone sees and which see everything.
 
@@ -371,11 +387,8 @@ class GlobalWindowAttention(WindowAttention):
         return torch.cat([found[:, 0].flatten(2), outputs[:, self.global_tokens :]], 1), None
 
     def attended(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """The window without global tokens, and these beside it: nobody counts them twice."""
-        first = self.global_tokens
-        everywhere = Keys(k[:, None, :first], v[:, None, :first], text[:, None, None, None, :first])
-        local = text & (torch.arange(text.shape[1], device=text.device) >= first)
-        return head_windows(q, k, v, local, self.windows(q.shape[1]), everywhere)
+        """What all tokens but the global ones see."""
+        return window_and_globals(q, k, v, text, self.windows(q.shape[1]), self.global_tokens)
 
     def core_macs(self, length: int) -> int:
         """With the global tokens beside every window, and all tokens before each of them."""

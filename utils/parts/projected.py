@@ -180,8 +180,8 @@ class StarAttention(SelfAttention):
     reads (the paper's is a node of its own that begins as the mean of the text), and it reads the states from before the cycle
     (the paper's reads the satellites' new ones). A layer is one cycle; its output matrix, residual and LayerNorm stand for the
     authors' LeakyReLU and LayerNorm. With more `cycles` in a layer, a token stays a weighted mean of the layer's inputs, whose
-    query, key and value are the same means: nothing is projected anew. The ring is closed, as in the paper; the authors' code
-    leaves it open. Raises ValueError for less than one cycle.
+    query, key and value are the same means: nothing is projected anew. The ring is closed, as its name says; the authors' code
+    (fastNLP) leaves it open, with zeros beyond both ends. Raises ValueError for less than one cycle.
     """
 
     kind = "star_attention"

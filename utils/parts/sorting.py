@@ -10,7 +10,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from utils.parts.self_attention import SelfAttention
 
-SORTERS = ("network", "means")
+SORTERS = ("network", "means", "none")
 NOTHING, TINY = -1e9, 1e-30
 
 # --- L-07 Sparse Sinkhorn attention: the soft permutation -----------------------------------------------------------
@@ -119,7 +119,8 @@ class SinkhornAttention(SelfAttention):
     the `temperature` and balanced in some `iterations`. The `sorter` that gives them is the paper's, a `network` (here over
     each head's keys, as in the authors' code for the Long Range Arena), or `means`: the mean query of the place's own block
     times the mean key of the block, which knows something in a pre-trained model before any training, and takes texts of any
-    length (as a public PyTorch version does). A network knows `max_blocks` places. A permutation has (n / n_b)^2 numbers a
+    length (as a public PyTorch version does). With `none` every block stays where it is: the control, local attention alone. A
+    network knows `max_blocks` places. A permutation has (n / n_b)^2 numbers a
     head, and to mix blocks by it takes less time than to attend until a text has 2 n_b blocks. Both blocks stand in one
     softmax (that code adds up two), since a trained model expects outputs of one attention's size. Raises ValueError for a
     block, iterations or max_blocks below 1, for another sorter, for a temperature that is not positive, and in use for a text
@@ -151,6 +152,8 @@ class SinkhornAttention(SelfAttention):
 
     def permutation(self, q: torch.Tensor, k: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Doubly stochastic, (batch, heads, places, blocks), float32; q and k in blocks, text (batch, blocks, block)."""
+        if self.sorter == "none":
+            return torch.eye(q.shape[2], device=q.device).expand(*q.shape[:2], -1, -1)
         scores = self.sort_scores(q, k, text).float()
         if self.training:
             scores = scores + gumbel(scores)
@@ -171,6 +174,8 @@ class SinkhornAttention(SelfAttention):
 
     def sort_macs(self, blocks: int) -> int:
         """The scores of blocks for places."""
+        if self.sorter == "none":
+            return 0
         network = self.attention_head_size if self.sorter == "network" else 0
         return self.all_head_size * blocks * (network + blocks)
 

@@ -83,7 +83,7 @@ def meetings(part: LSHAttention, hidden_states: torch.Tensor) -> torch.Tensor:
     q = queries_of(part, hidden_states)
     text = torch.ones(1, len(hidden_states), dtype=torch.bool, device=q.device)
     slots = torch.stack([sort_rows(buckets, part.chunk)[1] for buckets in part.hash(q, text)])  # (rounds, length * heads)
-    chunk = (slots // part.chunk).unflatten(1, (len(hidden_states), -1)).mT  # (rounds, heads, length)
+    chunk = (slots // part.chunk).short().unflatten(1, (len(hidden_states), -1)).mT  # (rounds, heads, length)
     ahead = chunk.unsqueeze(-1) - chunk.unsqueeze(-2)
     return ((ahead == 0) | (ahead == 1)).sum(0)
 

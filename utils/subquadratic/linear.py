@@ -10,7 +10,8 @@ from torch import nn
 from utils.parts.attention import ATTENTIONS, OWN
 from utils.parts.projected import SHARING as INSIDE
 from utils.parts.projected import LinformerAttention, StarAttention
-from utils.parts.self_attention import replace_attention
+from utils.parts.self_attention import SelfAttention, replace_attention
+from utils.subquadratic.adaptation import attention_map, core_of, dense_pairs
 
 SHARING = (*INSIDE, "layerwise")  # the paper's variants: each shares what the one before it does, and more
 STARTS = ("means", "random")
@@ -92,20 +93,20 @@ def draw_projections(model: nn.Module, seed: int = 0) -> None:
         p.data.copy_(torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5)
 
 
-def spectrum_share(maps: torch.Tensor, rank: int) -> torch.Tensor:
-    """Which share of the sum of singular values of attention maps (..., length, length) their `rank` largest hold, (...).
+def spectrum_share(maps: torch.Tensor) -> torch.Tensor:
+    """Which share of the sum of singular values of maps (..., length, length) the 1, 2, ... largest hold, (..., length).
 
-    The paper's reason for projecting: of pre-trained maps a few hold nearly all. 1 for maps of that rank or less.
+    The paper's reason for projecting: of pre-trained maps a few hold nearly all. 1 from the rank of a map on.
     """
     values = torch.linalg.svdvals(maps.float())
-    return values[..., :rank].sum(-1) / values.sum(-1)
+    return values.cumsum(-1) / values.sum(-1, keepdim=True)
 
 
 # --- L-10 efficient attention, L-11 Linear Transformer --------------------------------------------------------------
 
 
 def use_attention(model: nn.Module, name: str) -> None:
-    """Let a model's layers run an attention without parameters of its own, by name (`efficient`, `linear`). In place.
+    """Let a model's layers run an attention without parameters of its own, by name (`efficient`, `linear`, `mean`). In place.
 
     Raises ValueError for a name that `utils.parts.ATTENTIONS` does not hold.
     """
@@ -113,6 +114,23 @@ def use_attention(model: nn.Module, name: str) -> None:
     if name not in allowed:
         raise ValueError(f"the attention must be one of {', '.join(allowed)}, got {name!r}")
     model.config._attn_implementation = name
+
+
+@torch.no_grad()
+def layer_maps(model: nn.Module, dense: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The weights of a swapped model's layers, each on the dense model's states: (layers, heads, length, length).
+
+    `ids` (1, length) is one short text without padding (`attention_map`). Both models in evaluation mode.
+    """
+    maps = []
+    pairs = dense_pairs(dense, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    for layer, (x, _) in zip(model.base_model.encoder.layer, pairs, strict=True):
+        attention = layer.attention.self
+        core = core_of(attention if isinstance(attention, SelfAttention) else model.config._attn_implementation)
+        heads = (attention.num_attention_heads, attention.attention_head_size)
+        q, k = (project(x)[0].unflatten(-1, heads).transpose(0, 1) for project in (attention.query, attention.key))
+        maps.append(attention_map(core, q, k))
+    return torch.stack(maps)
 
 
 def map_rank(maps: torch.Tensor) -> torch.Tensor:

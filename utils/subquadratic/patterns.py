@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from utils import bert
+from utils import bert, costs
 from utils.parts.patterns import (
     BlockAttention,
     FixedAttention,
@@ -213,30 +213,67 @@ def expected_share(model: nn.Module, length: int) -> float:
     return torch.stack([pattern(layer.attention.self, length).float().mean() for layer in layers]).mean().item()
 
 
-def reached(model: nn.Module, length: int) -> torch.Tensor:
-    """Which share of all pairs is joined by a path through the first 1, 2, ... layers, (layers,).
+def heard(patterns: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of whom every token has heard after 1, 2, ... layers, boolean (layers, length, length), by the pattern of each layer.
 
     A path goes through any head, or past the attention, where a token's own state is added.
     """
-    joined, shares = torch.eye(length), []
-    for layer in model.base_model.encoder.layer:
-        step = pattern(layer.attention.self, length).any(0) | torch.eye(length, dtype=torch.bool)
-        joined = (step.float() @ joined > 0).float()
-        shares.append(joined.mean())
-    return torch.stack(shares)
+    joined, after = torch.eye(patterns[0].shape[-1]), []
+    for sees in patterns:
+        joined = (sees.any(0).float() @ joined + joined > 0).float()
+        after.append(joined.bool())
+    return torch.stack(after)
+
+
+def model_patterns(model: nn.Module, length: int) -> list[torch.Tensor]:
+    """`pattern` of every layer."""
+    return [pattern(layer.attention.self, length) for layer in model.base_model.encoder.layer]
+
+
+def reached(model: nn.Module, length: int) -> torch.Tensor:
+    """Which share of all pairs is joined by a path through the first 1, 2, ... layers (`heard`), (layers,)."""
+    return heard(model_patterns(model, length)).float().mean((1, 2))
 
 
 @torch.inference_mode()
-def attention_kept(model: nn.Module, dense: nn.Module, batch: dict) -> torch.Tensor:
-    """Which share of a dense model's attention falls on what the model's patterns see, (layers,).
+def mean_attention(dense: nn.Module, batch: dict) -> torch.Tensor:
+    """A dense model's attention, mean over the texts of a batch: (layers, heads, length, length), on the CPU.
 
-    The texts of the batch must be of one length: ValueError for padding.
+    The texts must be of one length: ValueError for padding.
     """
     if not batch["attention_mask"].all():
-        raise ValueError("attention_kept takes texts of one length: cut the batch where its shortest text ends")
+        raise ValueError("mean_attention takes texts of one length: cut the batch where its shortest text ends")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with bert.attention(dense, "eager"):
         maps = dense(**inputs, output_attentions=True).attentions  # (batch, heads, length, length) each
+    return torch.stack([found.float().mean(0).cpu() for found in maps])
+
+
+def attention_kept(model: nn.Module, attention: torch.Tensor) -> torch.Tensor:
+    """Which share of a dense model's attention (`mean_attention`) falls on what the model's patterns see, (layers,).
+
+    A pattern drawn by lot keeps the share of pairs that it sees.
+    """
+    seen = model_patterns(model, attention.shape[-1])
+    return torch.stack([(found * sees).sum(-1).mean() for found, sees in zip(attention, seen, strict=True)])
+
+
+def summary(model: nn.Module, dense: nn.Module, attention: torch.Tensor, length: int) -> dict[str, float]:
+    """What a model's patterns make of texts of `length`, nothing trained.
+
+    The share of pairs that meet; the share of the dense model's attention on them; multiply-adds of the attention cores, and of
+    the whole model, over the dense model's; of how many tokens the first one has heard in the end; after how many layers every
+    token has heard of every other (NaN: never).
+    """
+    work = [costs.macs_by_component(one, length) for one in (model, dense)]
     parts = [layer.attention.self for layer in model.base_model.encoder.layer]
-    kept = [(found * pattern(part, found.shape[-1])).sum(-1).mean() for found, part in zip(maps, parts, strict=True)]
-    return torch.stack(kept)
+    everyone = heard(model_patterns(model, length))
+    complete = everyone.flatten(1).all(1).nonzero()
+    return {
+        "pairs": expected_share(model, length),
+        "kept": attention_kept(model, attention).mean().item(),
+        "core": sum(part.core_macs(length) for part in parts) / work[1]["attention_core"],
+        "model": sum(work[0].values()) / sum(work[1].values()),
+        "heard by [CLS]": int(everyone[-1, 0].sum()),
+        "all heard in layer": complete[0].item() + 1 if len(complete) else math.nan,
+    }
