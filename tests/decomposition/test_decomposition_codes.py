@@ -158,6 +158,7 @@ def test_padding_has_a_vector_that_no_sentence_sees(name, tiny, made, batch):
         (DigitVectors, (3, 5), "digits must divide the width 32"),
         (DigitVectors, (0, 100), "digits must divide"),
         (DigitVectors, (2, 9), "cannot tell 100 words apart"),
+        (DigitVectors, (4, 300), "31 bits at most"),
         (DigitVectors, (2, 0), "cannot tell 100 words apart"),
     ],
 )
@@ -455,9 +456,10 @@ def test_gumbel_softmax_is_torchs_and_chooses_as_often_as_a_softmax():
     mine = codes.gumbel_softmax(scores, 0.7)
     torch.manual_seed(1)
     torch.testing.assert_close(mine, nn.functional.gumbel_softmax(scores, tau=0.7))
-    many = codes.gumbel_softmax(scores[0, 0].expand(20_000, -1), 1.0)
-    shares = torch.bincount(many.argmax(-1), minlength=4) / 20_000
-    torch.testing.assert_close(shares, scores[0, 0].softmax(-1), atol=0.015, rtol=0)
+    for noise in (1.0, 0.4):
+        many = codes.gumbel_softmax(scores[0, 0].expand(20_000, -1), 1.0, noise)
+        shares = torch.bincount(many.argmax(-1), minlength=4) / 20_000
+        torch.testing.assert_close(shares, (scores[0, 0] / noise).softmax(-1), atol=0.015, rtol=0)
     assert codes.gumbel_softmax(scores, 0.01).amax(-1).mean() > 0.98 > mine.amax(-1).mean()
 
 
@@ -593,6 +595,12 @@ def test_words_are_ordered_by_frequency_and_each_band_is_its_own_svd(table, coun
     vectors = codes.banded_vectors(table, (10, 30, 60), (WIDTH, 8, 2), counts)
     order = sorted(range(VOCABULARY), key=lambda word: (-counts[word].item(), word))
     assert torch.equal(vectors.row.long(), codes.frequency_rows(counts)) and vectors.row.long().argsort().tolist() == order
+    weighted = codes.banded_vectors(table, (VOCABULARY,), (5,), counts, weighted=True).weight.detach()
+    root = np.sqrt(array(counts) + 1)[:, None]
+    U, S, Vh = np.linalg.svd(root * array(table), full_matrices=False)
+    np.testing.assert_allclose(array(weighted), (U[:, :5] * S[:5]) @ Vh[:5] / root, atol=1e-4)
+    with pytest.raises(ValueError, match="their counts are needed"):
+        codes.banded_vectors(table, (VOCABULARY,), (5,), weighted=True)
     made = vectors.weight.detach()
     torch.testing.assert_close(made[order[:10]], table[order[:10]])
     for words, width in ((order[10:40], 8), (order[40:], 2)):
@@ -646,8 +654,10 @@ def test_digits_are_those_of_the_number_and_the_table_is_sparse_times_block_diag
         outside = 1 - torch.block_diag(*[torch.ones(4, 8)] * 4)
         assert not (D * outside).any() and D.shape == (16, WIDTH)
         torch.testing.assert_close(B @ D, part.weight.detach())
-    for wrong in (torch.zeros(VOCABULARY, dtype=torch.long), EVERY + 1):
-        with pytest.raises(ValueError, match="0 to 99, each once"):
+    spread = codes.digit_vectors(table, 4, 4, 2 * EVERY + 1)  # any numbers of four digits will do
+    assert torch.equal(spread.codes(EVERY), torch.stack([(2 * EVERY + 1) // 4**place % 4 for place in range(4)], 1))
+    for wrong in (torch.zeros(VOCABULARY, dtype=torch.long), EVERY + 157, EVERY - 1):
+        with pytest.raises(ValueError, match="from 0 to 255, one each"):
             codes.digit_vectors(table, 4, 4, wrong)
 
 
@@ -703,6 +713,11 @@ def test_sorted_numbers_follow_the_main_direction_of_each_half():
     assert len(signs) == 1
     report = codes.digit_report(codes.digit_vectors(table, 2, numbers=codes.sorted_numbers(table, 10)), table)
     assert (report["kept"] > 0.7).all()
+    digits = codes.digit_vectors(table, 2, 25, codes.sorted_numbers(table, 25)).codes(EVERY)  # numbers to spare: 4 words a digit
+    for place, half in enumerate((low, high)):
+        rank = half.argsort().argsort() // 4
+        apart = min((digits[:, place] - way).abs().float().mean().item() for way in (rank, 24 - rank))
+        assert apart < 0.5 if place == 0 else apart == 0  # few words had to move on
 
 
 @pytest.mark.method("T-07")
@@ -723,3 +738,27 @@ def test_the_smallest_base_tells_all_words_apart():
         assert codes.smallest_base(number, digits) == base and (base - 1) ** digits < number
     with pytest.raises(ValueError, match="1 digit or more"):
         codes.smallest_base(27, 0)
+
+
+@pytest.mark.method("T-03a", "T-04")
+def test_what_the_lesson_leaves_at_its_default_is_what_it_says():
+    coding, training = Coding(), CodeTraining()
+    assert (coding.strength, coding.ridge, coding.iterations, coding.rounds, coding.nonnegative) == (0.1, 1e-5, 25, 8, False)
+    assert (training.temperature, training.noise, training.clip) == (1.0, 1.0, 1e-3)
+
+
+@pytest.mark.method("T-04")
+def test_a_decided_start_has_codebooks_that_fit_its_codes_and_the_temperature_falls(table):
+    torch.manual_seed(0)
+    learner = codes.CodeLearner(WIDTH, 3, 4)
+    codes.begin_decided(learner, table / table.square().mean().sqrt(), 4.0)
+    chosen = learner.scores(table).softmax(-1).amax(-1).mean()
+    assert chosen > 0.6 > 1.5 * codes.CodeLearner(WIDTH, 3, 4).scores(table).softmax(-1).amax(-1).mean()
+    found, log = codes.learn_codes(table, 3, 4, CodeTraining(steps=0, spread=4.0))
+    before = found.codebooks.clone()
+    codes.fit_codebooks(found, table)
+    assert log == [] and error_of(found, table) < 0.9
+    torch.testing.assert_close(before, found.codebooks, atol=1e-3, rtol=1e-3)  # they were fitted already
+    falling = CodeTraining(steps=5, temperature=1.0, last_temperature=0.0625)
+    assert [falling.temperature_at(step) for step in range(1, 6)] == pytest.approx([1, 0.5, 0.25, 0.125, 0.0625])
+    assert CodeTraining(steps=5).temperature_at(3) == 1.0

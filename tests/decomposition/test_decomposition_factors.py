@@ -431,16 +431,32 @@ def test_spectra_of_weights_inputs_and_outputs(tiny, batch):
     np.testing.assert_allclose(
         of_inputs[QKV[0],][:20], np.linalg.svd(X, compute_uv=False)[:20] ** 2 / scale, rtol=1e-3, atol=1e-6
     )
-    table = factors.rank_shares(tiny, moments, 0.8, ("key", "ffn_out"))
-    assert list(table.columns) == ["W", "X", "W X", "random"]
-    keys = [name for name in table.index if ".key." in name]
-    assert len(table) == 4
-    separate = [factors.spectra(tiny, groups=("key",), shared=False), {n: e for n, e in of_inputs.items() if "key" in n[0]},
-                factors.spectra(tiny, moments, ("key",), shared=False)]  # fmt: skip
-    for column, energies in zip(("W", "X", "W X"), separate, strict=True):
-        ranks = [np.argmax(np.cumsum(array(e)) / array(e).sum() >= 0.8) + 1 for e in energies.values()]
-        assert len(ranks) == 2 and table.loc[keys, column].tolist() == pytest.approx([rank / 32 for rank in ranks])
-    assert table["random"].between(0.3, 0.6).all()
+
+
+def test_ranks_are_counted_in_directions_of_weights_and_inputs_alike(tiny, batch):
+    groups = ("key", "ffn_out")
+    X = torch.linalg.qr(torch.randn(64, 64)).Q  # inputs of the second feed-forward matrix: 64 directions, all of one length
+    moments = factors.input_moments(tiny, [batch], groups)
+    found = {"W": factors.spectra(tiny, groups=groups, shared=False), "random": factors.noise_spectra(tiny, groups),
+             "X": factors.input_spectra(moments | {FFN_OUT: X @ X.T})}  # fmt: skip
+    table = factors.ranks_needed(found, 0.8)
+    assert list(table.columns) == ["W", "random", "X"] and len(table) == 4
+    for name in (QKV[1], FFN_OUT):
+        energies = np.linalg.svd(array(weight_of(tiny, name)), compute_uv=False) ** 2
+        assert table.loc[name, "W"] == np.argmax(np.cumsum(energies) / energies.sum() >= 0.8) + 1 <= 32
+    assert table.loc[FFN_OUT, "X"] == 52  # of 64: more than W, which is 32 by 64, has at all
+    noise = {name: len(energies) for (name,), energies in found["random"].items()}
+    assert noise == dict.fromkeys(table.index, 32) and table["random"].between(10, 24).all()
+    square, wide = (found["random"][name,] for name in (QKV[1], FFN_OUT))
+    assert not torch.equal(square, wide) and wide.mean() == pytest.approx(64, rel=0.1)
+
+
+def test_a_family_has_the_mean_of_its_matrices_moments(tiny, batch):
+    information = factors.fisher_moments(tiny, [batch])  # each matrix has its own, though they read one input
+    family = factors.family_of(tiny, QKV)
+    expected = sum(information[name] for name in QKV) / 3
+    torch.testing.assert_close(factors.moment_of(family, information), expected)
+    assert not torch.allclose(information[QKV[0]], expected, rtol=0.05)
 
 
 # --- errors and bounds ----------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def test_gated_and_shrunk_models_keep_the_contract(tiny, tmp_path):
 @pytest.mark.method("T-05")
 def test_the_start_is_the_svd_at_the_break_even_rank(tiny):
     dense = {matrix.name: matrix.weight.clone() for matrix in bert.matrices(tiny)}
-    kept = gates.gate_layers(tiny, closed=0.05)
+    kept = gates.gate_layers(tiny)  # psi = log 19: closed with 0.05
     for path, part in gates.gated(tiny).items():
         W = dense[f"{path}.weight"]
         out, columns = W.shape
@@ -389,7 +389,27 @@ def test_the_report_by_hand():
     assert report["undecided"] == pytest.approx(np.mean(opened) - np.mean(ones), abs=1e-5)
     assert report["sparsity"] == pytest.approx(1 - (8 * sum(opened[:4]) + 16 * sum(opened[4:])) / 64, abs=1e-5)
     assert report["reordered"] == 1 / 4  # of three kept components of the first layer one is not among its three leading ones
+    ways = [np.mean([sum(place >= k for place in drawn) for drawn in itertools.combinations(range(R), k)])
+            for k, R in ((3, 4), (1, 3))]  # fmt: skip
+    assert report["by_lot"] == pytest.approx(sum(ways) / 4)
     assert (report["smallest"], report["largest"]) == (1 * 16 / 48, 3 * 8 / 16)
     assert factorised.settled_gates(model[0].log_alpha).count_nonzero() == 3
     for part, size in itertools.product(model, (1, 5)):
         assert part.macs(size) == size * part.rank * (part.in_features + part.out_features)
+
+
+@pytest.mark.method("T-05")
+def test_the_control_draws_components_by_lot_among_those_that_gates_begin_with(tiny):
+    path, dense = FIRST, tiny.get_submodule(FIRST).weight.detach().numpy()
+    U, S, Vh = np.linalg.svd(dense, full_matrices=False)
+    drawn = []
+    for seed in (0, 0, 1):
+        model = bert.fresh_copy(tiny)
+        kept = gates.lot_start(model, {(f"{path}.weight",): 6}, seed)
+        made = model.get_submodule(path).weight.detach().numpy()
+        shares = np.einsum("ok,oi,ki->k", U, made, Vh) / S  # 1 for a component that stayed, 0 for one that did not
+        np.testing.assert_allclose(shares * (1 - shares), 0, atol=1e-4)
+        drawn.append(np.flatnonzero(shares > 0.5).tolist())
+        assert kept[f"{path}.weight"] == pytest.approx((S[drawn[-1]] ** 2).sum() / (S**2).sum(), abs=1e-4)
+    assert len(drawn[0]) == 6 and max(drawn[0] + drawn[2]) < 21  # of 64 x 32: the break-even rank
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[0] != list(range(6))

@@ -48,10 +48,12 @@ def with_table(model):
     replace_table(model, tensors.tt_vectors(word_table(model), rank=6))
 
 
+REVERSED = torch.arange(99, -1, -1)
 MADE = {
     "train": lambda model: tensors.tt_layers(model, ("query", "ffn_in", "ffn_out"), size=0.5),
     "train of two": lambda model: tensors.tt_layers(model, ("pooler", "ffn_in"), rank=5, shape=two_cores),
     "table": with_table,
+    "ordered table": lambda model: replace_table(model, tensors.tt_vectors(word_table(model), rank=6, order=REVERSED)),
     "block terms": lambda model: tensors.block_term_layers(model, terms=2, rank=3, sweeps=1),
     "cp": lambda model: tensors.cp_layers(model, ("query", "key", "ffn_in"), size=0.6, sweeps=1, joint=True),
     "tucker": lambda model: tensors.tucker_layers(model, ("query", "key", "ffn_in"), size=0.6, sweeps=1),
@@ -84,7 +86,7 @@ def test_every_order_computes_and_costs_what_it_says(name, tiny, batch):
     expected = replacing.expand(tiny)
     assert not parts.find(expected) and costs.macs(tiny, 9) != dense
     for order in set.intersection(*({"auto", *getattr(part, "costs", {"auto": 0})} for part in found.values())):
-        if order != "auto" or name != "table":
+        if order != "auto" or "table" not in name:
             tensors.set_order(tiny, order)
         torch.testing.assert_close(tiny(**inputs(batch)).logits, expected(**inputs(batch)).logits, atol=1e-4, rtol=1e-4)
         for length, many in ((1, 1), (9, 1), (4, 3)):
@@ -428,6 +430,21 @@ def test_a_table_starts_at_its_tt_svd(tiny):
 
 
 @pytest.mark.method("T-09")
+def test_words_in_an_order_of_their_own_are_a_train_of_that_table(tiny):
+    table, order = word_table(tiny), torch.randperm(100)
+    ordered, plain = tensors.tt_vectors(table, rank=6, order=order), tensors.tt_vectors(table[order], rank=6)
+    torch.testing.assert_close(ordered.weight[order], plain.weight)
+    ids = torch.tensor([3, 3, 99, 0])
+    torch.testing.assert_close(ordered.compose(ids), ordered.weight[ids])
+    assert not torch.allclose(ordered.weight, tensors.tt_vectors(table, rank=6).weight, atol=1e-3)
+    replace_table(tiny, ordered)
+    small = tensors.rounded(ordered, 3)
+    torch.testing.assert_close(small.weight[order], tensors.rounded(plain, 3).weight, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="the ids 0 to 99, each once"):
+        tensors.tt_vectors(table, rank=6, order=order.clamp(max=98))
+
+
+@pytest.mark.method("T-09")
 def test_the_least_error_of_a_table_knows_nothing_of_rows_that_no_word_has():
     source = TensorTrainVectors(100, 32, [2, 2])
     table = source.weight.detach()[:97]
@@ -669,6 +686,41 @@ def test_stacks_hold_the_fits_of_their_tensors(tiny):
     torch.testing.assert_close(scales.square().mean(0), torch.ones(20))
     part = by_cp.get_submodule(QUERIES[0])
     torch.testing.assert_close(part.left.norm(dim=0), part.right.norm(dim=1))
+    swept = {change: tensors.fit_cp(W, 20, 10)[1][-1] if change is tensors.cp_layers else tensors.fit_tucker(W, (2, 10, 12), 5)[2][-1]
+             for change in (tensors.cp_layers, tensors.tucker_layers)}  # fmt: skip
+    for change, ranks in ((tensors.cp_layers, 20), (tensors.tucker_layers, (2, 10, 12))):  # sweeps that nobody names
+        change(model := bert.fresh_copy(tiny), ("query",), ranks)
+        assert tensors.error_table(tiny, model)["error"].item() == pytest.approx(swept[change], rel=1e-5)
+
+
+@pytest.mark.method("T-12")
+def test_matrices_of_norm_1_count_alike_in_a_stack(tiny):
+    large, small = (tiny.get_submodule(path) for path in QUERIES)
+    large.weight.data *= 50
+    W = torch.stack([large.weight.detach() / large.weight.norm(), small.weight.detach() / small.weight.norm()]).double()
+    expected = numpy_hooi(array(W), (1, 10, 10), 3)[-1]
+    model = bert.fresh_copy(tiny)
+    kept = tensors.tucker_layers(model, ("query",), (1, 10, 10), sweeps=3, unit=True)
+    for path, made, dense in zip(QUERIES, expected, (large, small), strict=True):
+        norm = dense.weight.norm().item()
+        np.testing.assert_allclose(array(model.get_submodule(path).weight) / norm, made, atol=1e-5)
+    plain = tensors.tucker_layers(bert.fresh_copy(tiny), ("query",), (1, 10, 10), sweeps=3)
+    name = f"{QUERIES[1]}.weight"  # the small matrix, which a squared error over both hardly sees
+    assert plain[name] < 0.1 < kept[name]
+
+
+@pytest.mark.method("T-12")
+def test_how_many_matrices_a_component_serves_is_counted(tiny):
+    with pytest.raises(ValueError, match="call cp_layers first"):
+        tensors.matrices_of_a_component(tiny)
+    started, swept = bert.fresh_copy(tiny), bert.fresh_copy(tiny)
+    tensors.cp_layers(started, ("query",), 20, sweeps=0)
+    tensors.cp_layers(swept, ("query",), 20, sweeps=3)
+    assert tensors.matrices_of_a_component(started) == pytest.approx(1)
+    assert tensors.matrices_of_a_component(swept) > 1.01
+    for path, weights in zip(QUERIES, (torch.ones(20), torch.tensor([1.0] * 10 + [0.5] * 10)), strict=True):
+        started.get_submodule(path).scale.data = weights
+    assert tensors.matrices_of_a_component(started) == pytest.approx((2 + 1.25**2 / (1 + 0.5**4)) / 2)
 
 
 @pytest.mark.method("T-12")
@@ -694,7 +746,7 @@ def test_tucker_ranks_by_brute_force(sides, size):
 
 
 @pytest.mark.method("T-08", "T-10", "T-12")
-@pytest.mark.parametrize("name", [name for name in MADE if name != "table"])
+@pytest.mark.parametrize("name", [name for name in MADE if "table" not in name])
 def test_errors_lie_between_their_bounds(name, tiny):
     dense, before = bert.fresh_copy(tiny), costs.parameter_counts(tiny)["parameters"]
     kept = MADE[name](tiny)
@@ -722,6 +774,8 @@ def test_the_cost_of_every_order_beside_the_dense_layer(tiny):
             part.macs(50)
         )
     tensors.set_order(tiny, "auto")
+    alone, shared = (costs.measured_macs(tiny, 9, many) / many for many in (1, 32))
+    assert tensors.macs_in_batch(tiny, 9) == shared < alone == tensors.macs_in_batch(tiny, 9, 1)
     assert part.macs(50) == min(part.costs[order][0] + 50 * part.costs[order][1] for order in part.costs)
     tensors.set_order(tiny, "right")
     assert {p.order for p in tiny.modules() if isinstance(p, TensorLinear)} == {"right"}

@@ -39,7 +39,7 @@ def inputs(batch: dict) -> dict:
 def replaced(model: nn.Module, batch: dict, layers=(0, 1), length: int = 9, **options):
     """Fit on the batch and put in place; the parts and what they explain."""
     examples = trilinear.attention_examples(model, [batch], layers, length)
-    made, shares = trilinear.trilinear_parts(model, examples, examples, length=length, **options)
+    made, shares, _ = trilinear.trilinear_parts(model, examples, examples, length=length, **options)
     trilinear.put_attention(model, made)
     return made, shares
 
@@ -211,7 +211,8 @@ def test_a_planted_map_is_found_again_and_the_best_ridge_is_taken():
     planted = random_part(length=4)
     fit, held = examples_of(planted, 30), examples_of(planted, 3)
     features = lambda layer, x, mask: trilinear.pair_features(planted, x, mask)  # noqa: E731
-    maps, shares = trilinear.best_maps(fit, held, features, ridges=(10.0, 1e-9, 1.0))
+    maps, shares, chosen = trilinear.best_maps(fit, held, features, ridges=(10.0, 1e-9, 1.0))
+    assert chosen == {3: 1e-9} and trilinear.best_maps(fit, held, features)[2] == {3: 0.01}  # nothing is noise here
     torch.testing.assert_close(maps[3][0], planted.output.dense.weight.detach(), atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(maps[3][1], planted.output.dense.bias.detach(), atol=1e-3, rtol=1e-3)
     assert shares[3] == pytest.approx(1, abs=1e-4)
@@ -283,7 +284,7 @@ def test_a_random_start_knows_nothing_of_the_rows(tiny, batch):
     assert not torch.equal(first.self.query.weight, other.self.query.weight)
     assert not first.self.key.bias.any()
     assert float(first.self.value.weight.std()) == pytest.approx(float(attention.self.value.weight.std()), rel=0.2)
-    made, _ = trilinear.trilinear_parts(tiny, [examples], [examples], rank=6, length=9, start="random")
+    made, *_ = trilinear.trilinear_parts(tiny, [examples], [examples], rank=6, length=9, start="random")
     assert not torch.equal(made[0].self.query.weight / made[0].self.query.weight.std(),
                            made[1].self.query.weight / made[1].self.query.weight.std())  # fmt: skip
 
@@ -303,7 +304,7 @@ def test_training_moves_everything_and_keeps_the_form(tiny, batch):
 def test_the_control_adds_a_map_of_the_mean_of_all_values(tiny, batch):
     dense = bert.fresh_copy(tiny)
     fitted = trilinear.attention_examples(dense, [batch], (0,), 9)
-    maps, _ = trilinear.best_maps(fitted, fitted, trilinear.mean_of_values(tiny))
+    maps, *_ = trilinear.best_maps(fitted, fitted, trilinear.mean_of_values(tiny))
     trilinear.put_mean(tiny, maps)
     attention = tiny.bert.encoder.layer[0].attention
     one = trilinear.attention_examples(tiny, [batch], (0,), 9)[0][0]
@@ -316,6 +317,20 @@ def test_the_control_adds_a_map_of_the_mean_of_all_values(tiny, batch):
     training.train(tiny, task_of(batch), profiles.get("smoke"), steps=3, learning_rate=1e-2)
     assert not any(p.any() for module in (attention.self.query, attention.self.key) for p in module.parameters())
     assert not torch.equal(attention.self.value.weight, dense.bert.encoder.layer[0].attention.self.value.weight)
+
+
+@pytest.mark.method("T-11")
+def test_the_other_control_adds_one_vector_and_training_leaves_it_at_that(tiny, batch):
+    fitted = trilinear.attention_examples(tiny, [batch], (0, 1), 9)
+    trilinear.put_bias(tiny, fitted, (0,))
+    attention = tiny.bert.encoder.layer[0].attention
+    expected = fitted[0][0].y[fitted[0][0].mask].mean(0)
+    found = trilinear.attention_examples(tiny, [batch], (0, 1), 9)[0]
+    torch.testing.assert_close(found[0].y, expected.expand_as(found[0].y), atol=1e-6, rtol=1e-5)
+    assert found[1].y.std() > 0.01
+    training.train(tiny, task_of(batch), profiles.get("smoke"), steps=3, learning_rate=1e-2)
+    assert not any(p.any() for p in (*attention.self.parameters(), attention.output.dense.weight))
+    assert not torch.equal(attention.output.dense.bias, expected)
 
 
 # --- the contract ---------------------------------------------------------------------------------------------------

@@ -290,13 +290,14 @@ def coherence(codes: torch.Tensor, table: torch.Tensor, k: int = 5) -> torch.Ten
 # --- T-04 compositional codes ---------------------------------------------------------------------------------------
 
 
-def gumbel_softmax(scores: torch.Tensor, temperature: float) -> torch.Tensor:
+def gumbel_softmax(scores: torch.Tensor, temperature: float, noise: float = 1.0) -> torch.Tensor:
     """A random choice from softmax(scores) over the last dimension: nearly a one at one place, yet with a gradient.
 
-    softmax((scores + G) / T) with G = -log(-log u), u uniform: the largest entry is at place j with probability softmax_j.
+    softmax((scores + G) / T) with G = -log(-log u), u uniform: the largest entry is at place j with probability softmax_j. With
+    G weighed by `noise` it is a choice from softmax(scores / noise), which is the more decided the less of it is left.
     """
-    noise = -torch.empty_like(scores).exponential_().log()  # -log u is an exponential number
-    return ((scores + noise) / temperature).softmax(-1)
+    drawn = -torch.empty_like(scores).exponential_().log()  # -log u is an exponential number
+    return ((scores + noise * drawn) / temperature).softmax(-1)
 
 
 class CodeLearner(nn.Module):
@@ -319,9 +320,9 @@ class CodeLearner(nn.Module):
         found = softplus(self.choice(self.hidden(vectors).tanh()))
         return (found + 1e-8).log().unflatten(1, self.codebooks.shape[:2])
 
-    def forward(self, vectors: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, vectors: torch.Tensor, temperature: float, noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """The vectors made again, (n, width), and the random choices that made them, (n, books, count)."""
-        chosen = gumbel_softmax(self.scores(vectors), temperature)
+        chosen = gumbel_softmax(self.scores(vectors), temperature, noise)
         return chosen.flatten(1) @ self.codebooks.flatten(0, 1), chosen
 
 
@@ -333,15 +334,43 @@ def chosen_codes(learner: CodeLearner, vectors: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class CodeTraining:
-    """How a `CodeLearner` is trained. The authors: Adam at 1e-4, batches of 64, 200 epochs, gradients clipped to norm 0.001."""
+    """How a `CodeLearner` is trained. The authors: Adam at 1e-4, batches of 64, 200 epochs, gradients clipped to norm 0.001.
+
+    The temperature falls by a constant factor each step to `last_temperature`, and stays where none is given; `noise` weighs the
+    random numbers. With a `spread` the network does not begin as theirs, but decided (`begin_decided`).
+    """
 
     steps: int = 500
     learning_rate: float = 3e-3
     batch_size: int = 128
     temperature: float = 1.0
+    last_temperature: float | None = None
+    noise: float = 1.0
     clip: float = 1e-3
+    spread: float = 0.0
     looks: int = 5  # how often the codes are looked at
     seed: int = 0
+
+    def temperature_at(self, step: int) -> float:
+        """That of step 1, 2, ...: the first one at step 1, the last one at the end."""
+        last = self.temperature if self.last_temperature is None else self.last_temperature
+        return self.temperature * (last / self.temperature) ** ((step - 1) / max(1, self.steps - 1))
+
+
+@torch.no_grad()
+def begin_decided(learner: CodeLearner, scaled: torch.Tensor, spread: float) -> None:
+    """A start from which few steps come farther: choices that are decided, and codebooks that fit them. In place.
+
+    The weights are normal numbers, so that for vectors (n, width) whose entries have size 1 the hidden layer sees numbers of
+    size 1 and the choice layer gives about `spread`. The codebooks are those of least squares for the codes that this makes.
+    """
+    for layer, size in ((learner.hidden, 1.0), (learner.choice, spread)):
+        nn.init.normal_(layer.weight, std=size / layer.in_features**0.5)
+        nn.init.zeros_(layer.bias)
+    vectors = CompositionalVectors(*scaled.shape, *learner.codebooks.shape[:2]).to(scaled.device)
+    vectors.codes.copy_(chosen_codes(learner, scaled))
+    fit_codebooks(vectors, scaled)
+    learner.codebooks.copy_(vectors.codebooks)
 
 
 def train_learner(learner: CodeLearner, scaled: torch.Tensor, training: CodeTraining) -> list[dict[str, float]]:
@@ -355,7 +384,7 @@ def train_learner(learner: CodeLearner, scaled: torch.Tensor, training: CodeTrai
     codes = chosen_codes(learner, watched)
     for step in range(1, training.steps + 1):
         batch = scaled[torch.randint(len(scaled), (training.batch_size,)).to(scaled.device)]
-        made, chosen = learner(batch, training.temperature)
+        made, chosen = learner(batch, training.temperature_at(step), training.noise)
         loss = (made - batch).square().sum(1).mean() / 2
         optimizer.zero_grad()
         loss.backward()
@@ -385,6 +414,8 @@ def learn_codes(
         torch.manual_seed(training.seed)
         vectors = CompositionalVectors(*table.shape, books, count).to(table.device)
         learner = CodeLearner(table.shape[1], books, count).to(table.device)
+        if training.spread:
+            begin_decided(learner, table / scale, training.spread)
         log = train_learner(learner, table / scale, training)
     with torch.no_grad():
         vectors.codes.copy_(chosen_codes(learner, table / scale))
@@ -487,12 +518,14 @@ def band_tables(vectors: BandedVectors, table: torch.Tensor) -> tuple[torch.Tens
     return table[vectors.row.long().argsort()].split(vectors.sizes)
 
 
-def leading_factors(matrix: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def leading_factors(matrix: torch.Tensor, width: int, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """W_a (n, width) and W_b (width, hidden) of least |matrix - W_a W_b|^2, columns of the first as long as rows of the second.
 
-    The truncated SVD of a tall matrix, by the eigenvectors of its small Gram matrix.
+    The truncated SVD of a tall matrix, by the eigenvectors of its small Gram matrix. With `weights` (n,) an error counts so much
+    in each row.
     """
-    directions = torch.linalg.eigh(matrix.double().T @ matrix.double()).eigenvectors
+    rows = matrix.double() if weights is None else matrix.double() * weights.double().unsqueeze(1)
+    directions = torch.linalg.eigh(rows.T @ matrix.double()).eigenvectors
     right = directions[:, -width:].flip(1).T.to(matrix.dtype)
     left = matrix @ right.T
     root = left.norm(dim=0).sqrt().clamp(min=1e-6)  # of the singular values
@@ -501,22 +534,31 @@ def leading_factors(matrix: torch.Tensor, width: int) -> tuple[torch.Tensor, tor
 
 @torch.no_grad()
 def banded_vectors(
-    table: torch.Tensor, sizes: Sequence[int], widths: Sequence[int], counts: torch.Tensor | None = None
+    table: torch.Tensor,
+    sizes: Sequence[int],
+    widths: Sequence[int],
+    counts: torch.Tensor | None = None,
+    weighted: bool = False,
 ) -> BandedVectors:
     """T-06: bands of `sizes` words by frequency, each in its own number of dimensions; started by the SVD of each band.
 
     Chen, Grangier and Auli 2015 (arXiv 1512.04906), survey 6.2. `counts` (vocabulary,) orders the words, without them their ids
-    do. One band is a truncated SVD of the table, and one of full width the table. Raises ValueError for sizes and widths that
-    do not fit, and for numbers that are not finite.
+    do. One band is a truncated SVD of the table, and one of full width the table. If `weighted`, an error counts as often as its
+    word is read, and once more, so that words that never are count, too. Raises ValueError for sizes and widths that do not
+    fit, for weights without counts, and for numbers that are not finite.
     """
     check_table(table)
+    if weighted and counts is None:
+        raise ValueError("to weigh words by how often they are read, their counts are needed")
     vectors = BandedVectors(*table.shape, sizes, widths).to(table.device)
     if counts is not None:
         vectors.row.copy_(frequency_rows(counts))
-    ups = []
-    for own, band in zip(vectors.tables, band_tables(vectors, table), strict=True):
+    ups, often = [], [None] * len(vectors.sizes)
+    if weighted:
+        often = band_tables(vectors, counts.to(table.device) + 1)
+    for own, band, weights in zip(vectors.tables, band_tables(vectors, table), often, strict=True):
         narrow = own.shape[1] < table.shape[1]
-        left, right = leading_factors(band, own.shape[1]) if narrow else (band, None)
+        left, right = leading_factors(band, own.shape[1], weights) if narrow else (band, None)
         own.copy_(left)
         ups += [right] if narrow else []
     if ups:
@@ -592,11 +634,20 @@ def main_coordinate(block: torch.Tensor) -> torch.Tensor:
 def sorted_numbers(table: torch.Tensor, base: int) -> torch.Tensor:
     """Numbers (vocabulary,) whose two digits say where the halves of a word's vector lie, each along its main direction.
 
-    The high digit sorts the words by the second half, and the low digit those that share it by the first half.
+    The high digit cuts the words, sorted by the second half, into groups of nearly equal size, and the low digit does so by the
+    first. Words that share a high digit must differ in the low one: those that would not move on to the next. In the smallest
+    base that moves most, and leaves the order in a group; in a large one it hardly moves any.
     """
     low, high = (main_coordinate(half) for half in table.chunk(2, 1))
-    order = torch.cat([bunch[low[bunch].argsort()] for bunch in high.argsort().split(base)])
-    return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    place = torch.arange(len(table), device=table.device) * base // len(table)  # the digit of the first, second, ... word
+    wanted = torch.empty_like(place).index_copy_(0, low.argsort(), place)
+    numbers = torch.empty_like(wanted)
+    for digit, group in enumerate(high.argsort().split(torch.bincount(place, minlength=base).tolist())):
+        group = group[low[group].argsort()]
+        step = torch.arange(len(group), device=group.device)
+        apart = (wanted[group] - step).cummax(0).values + step  # each at least one more than the one before it
+        numbers[group] = digit * base + apart.clamp(max=base - len(group) + step)
+    return numbers
 
 
 @torch.no_grad()
@@ -604,15 +655,16 @@ def digit_vectors(table: torch.Tensor, digits: int, base: int | None = None, num
     """T-07: the blocks of least squared error, means of the words that have a digit. Without a `base` the smallest.
 
     WEST, Variani, Suresh and Weintraub 2018 (arXiv 1811.08417), survey 6.2, is trained from the start. `numbers` (vocabulary,)
-    are those of the words, without them their ids. Raises ValueError for digits and bases that do not fit, and for numbers that
-    are not 0 to the vocabulary, each once.
+    are those of the words, without them their ids. Raises ValueError for digits and bases that do not fit, and for numbers of
+    more digits, or that two words share.
     """
     check_table(table)
     base = smallest_base(len(table), digits) if base is None else base
     vectors = DigitVectors(*table.shape, digits, base).to(table.device)
     if numbers is not None:
-        if not torch.equal(numbers.sort().values, torch.arange(len(table), device=numbers.device)):
-            raise ValueError(f"the words need the numbers 0 to {len(table) - 1}, each once")
+        known = numbers.unique()
+        if len(known) != len(table) or known[0] < 0 or known[-1] >= base**digits:
+            raise ValueError(f"the words need numbers from 0 to {base**digits - 1}, one each")
         vectors.number.copy_(numbers)
     vectors.blocks.copy_(digit_means(vectors, table)[0])
     return vectors

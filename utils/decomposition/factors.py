@@ -178,21 +178,27 @@ def rank_for(energies: torch.Tensor, variance: float = 0.6) -> int:
     return int((retained(energies) < variance).sum()) + 1
 
 
-def rank_shares(
-    model: nn.Module, moments: Moments, variance: float = 0.9, groups: tuple[str, ...] = bert.ENCODER
-) -> pandas.DataFrame:
-    """A row per matrix: the share of the full rank that retains the variance, of W, of its inputs X, of W X. Claim C32.
+def noise_spectra(model: nn.Module, groups: tuple[str, ...] = bert.ENCODER) -> Energies:
+    """What no structure at all looks like: squared singular values of independent normal numbers of each matrix's shape.
 
-    `random` is a matrix of independent normal numbers of W's shape: what no structure at all looks like.
+    Matrices of one shape get the same numbers.
     """
-    generator, rows = torch.Generator().manual_seed(0), {}
-    of_weights, of_outputs = (spectra(model, which, groups, shared=False) for which in (None, moments))
-    of_inputs = input_spectra({name: moments[name] for (name,) in of_weights})
+    drawn: dict[torch.Size, torch.Tensor] = {}
     for matrix in bert.linear_matrices(model, groups):
-        noise = leading_directions(torch.randn(matrix.weight.shape, generator=generator))[1]
-        found = {"W": of_weights[matrix.name,], "X": of_inputs[matrix.name,], "W X": of_outputs[matrix.name,], "random": noise}
-        rows[matrix.name] = {what: rank_for(values, variance) / len(values) for what, values in found.items()}
-    return pandas.DataFrame.from_dict(rows, orient="index")
+        if matrix.weight.shape not in drawn:
+            numbers = torch.randn(matrix.weight.shape, generator=torch.Generator().manual_seed(0))
+            drawn[matrix.weight.shape] = leading_directions(numbers)[1]
+    return {(matrix.name,): drawn[matrix.weight.shape] for matrix in bert.linear_matrices(model, groups)}
+
+
+def ranks_needed(found: dict[str, Energies], variance: float = 0.9) -> pandas.DataFrame:
+    """A row per matrix, a column per kind of spectrum: how many *directions* retain the variance. Claim C32.
+
+    Directions can be held against each other, shares of a full rank cannot: W (out, in) has min(out, in) of them, its inputs X
+    have `in`, which for the second feed-forward matrix is four times as many. Raises ValueError for a share outside (0, 1].
+    """
+    return pandas.DataFrame({what: {name: rank_for(values, variance) for (name,), values in energies.items()}
+                             for what, energies in found.items()})  # fmt: skip
 
 
 def plan_by_variance(energies: Energies, variance: float = 0.6) -> Plan:

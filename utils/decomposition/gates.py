@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from utils import bert, parts
-from utils.decomposition.factors import Plan, break_even_rank
+from utils.decomposition.factors import Factors, Family, Plan, break_even_rank, factorise, leading_directions
 from utils.parts.factorised import GatedLowRankLinear, one_probability, open_probability, settled_gates, shrunk
 from utils.replacing import replace_linear
 from utils.training import Loss, cross_entropy
@@ -166,8 +166,8 @@ def gate_report(model: nn.Module, size: float | None = None) -> dict[str, float]
     """What the gates did.
 
     The expected `sparsity`; the share of gates that are `undecided` in a sample, neither 0 nor 1; `reordered`, the share of the
-    kept components that a truncated SVD of the same rank would not keep; `smallest` and `largest`, the weights that a layer
-    keeps over those of its matrix.
+    kept components that a truncated SVD of the same rank would not keep, beside what it is for components `by_lot`;
+    `smallest` and `largest`, the weights that a layer keeps over those of its matrix.
     """
     layers, kept = gated(model), kept_components(model, size)
     undecided = torch.cat([open_probability(part.log_alpha) - one_probability(part.log_alpha) for part in layers.values()])
@@ -175,8 +175,33 @@ def gate_report(model: nn.Module, size: float | None = None) -> dict[str, float]
     shares = [int(kept[path].sum()) * (part.in_features + part.out_features) / (part.in_features * part.out_features)
               for path, part in layers.items()]  # fmt: skip
     return {"sparsity": sparsity(model).item(), "undecided": undecided.mean().item(),
-            "reordered": beyond / sum(int(mask.sum()) for mask in kept.values()),
+            "reordered": beyond / sum(int(mask.sum()) for mask in kept.values()), "by_lot": reordered_by_lot(kept),
             "smallest": min(shares), "largest": max(shares)}  # fmt: skip
+
+
+def reordered_by_lot(kept: dict[str, torch.Tensor]) -> float:
+    """`reordered` of components that are drawn by lot at these ranks, in the mean: where k of R stay, each of the k lies beyond
+    the first k with probability 1 - k / R.
+    """
+    ranks = [(int(mask.sum()), len(mask)) for mask in kept.values()]
+    return sum(k * (1 - k / R) for k, R in ranks) / sum(k for k, _ in ranks)
+
+
+def lot_factors(family: Family, rank: int, generator: torch.Generator) -> Factors:
+    """Of the components that `gate_layers` begins with, those of the SVD up to the break-even rank, `rank` drawn by lot."""
+    W = torch.cat(family.weights)
+    drawn = torch.randperm(int(break_even_rank(*W.shape)), generator=generator)[:rank].to(W.device)
+    U = leading_directions(W)[0].to(W)[:, drawn]
+    return list(U.split([len(one) for one in family.weights])), U.T @ W
+
+
+def lot_start(model: nn.Module, plan: Plan, seed: int = 0) -> dict[str, float]:
+    """Control of T-05's choice: as many components of each matrix as the gates left, which ones is drawn by lot. In place.
+
+    Returns what was `kept` of each matrix. Raises ValueError for a rank that is not there.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return factorise(model, plan, lambda family, rank: lot_factors(family, rank, generator))
 
 
 def learned_plan(model: nn.Module, size: float | None = None) -> Plan:

@@ -12,12 +12,13 @@ import pandas
 import torch
 from torch import nn
 
-from utils import bert, parts
+from utils import bert, costs, parts
 from utils.decomposition.factors import leading_directions, least_error
 from utils.parts.linear import in_place_of
 from utils.parts.tensors import (
     BlockTermLinear,
     CPLinear,
+    OrderedTrainVectors,
     Sizes,
     TensorLinear,
     TensorTrainLinear,
@@ -195,6 +196,8 @@ def rounded(part: TensorTrainLinear | TensorTrainVectors, rank: int) -> TensorTr
     fill_train(small, tt_round([core.flatten(1, 2) for core in part.cores], small.ranks))
     if getattr(part, "bias", None) is not None:
         small.bias.copy_(part.bias)
+    for name, codes in part.named_buffers():
+        getattr(small, name).copy_(codes)
     return small
 
 
@@ -216,20 +219,32 @@ def round_trains(model: nn.Module, rank: int) -> dict[str, float]:
 # --- T-09 TT-embedding ----------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def tt_vectors(
-    table: torch.Tensor, rank: int | None = None, size: float = 0.1, shape: Shape = padded_shape
+    table: torch.Tensor,
+    rank: int | None = None,
+    size: float = 0.1,
+    shape: Shape = padded_shape,
+    order: torch.Tensor | None = None,
 ) -> TensorTrainVectors:
     """T-09: a word table (vocabulary, hidden) as a tensor train that looks its rows up without it, by TT-SVD.
 
     Khrulkov et al. 2019 (arXiv 1901.10787), survey 6.3: they train from random cores, those that the part begins with. Rows
     that only fill the vocabulary up are 0 in the fit, and never looked up. Without a `rank`, the largest at which the train has
-    at most `size` of the table's numbers. Raises ValueError for a rank that is not there, a size that rank 1 exceeds, factors
-    that hold fewer words or do not make the width, and vectors that are not finite.
+    at most `size` of the table's numbers. An `order` (vocabulary,) of ids says which words stand beside each other, and is stored
+    with the cores. Raises ValueError for a rank that is not there, a size that rank 1 exceeds, factors that hold fewer words or
+    do not make the width, an order that does not name each id once, and vectors that are not finite.
     """
     rows, columns = shape(*table.shape)
     sides = tensor_sides(rows, columns)
     ranks = train_ranks_for(sides, size * table.numel()) if rank is None else train_ranks(sides, rank)
-    vectors = TensorTrainVectors(*table.shape, ranks, rows, columns).to(table)
+    kind = TensorTrainVectors if order is None else OrderedTrainVectors
+    vectors = kind(*table.shape, ranks, rows, columns).to(table)
+    if order is not None:
+        if not torch.equal(order.sort().values, torch.arange(len(table), device=order.device)):
+            raise ValueError(f"an order names the ids 0 to {len(table) - 1}, each once")
+        vectors.place[order] = torch.arange(len(table), device=order.device).to(vectors.place.dtype)
+        table = table[order]
     fill_train(vectors, tt_svd(table_tensor(table, rows, columns), ranks))
     return vectors
 
@@ -488,6 +503,21 @@ def cp_layers(
     return place_stacks(model, CPLinear, made)
 
 
+@torch.no_grad()
+def matrices_of_a_component(model: nn.Module) -> float:
+    """How many matrices a CP component serves, the mean over all of a model: (sum a^2)^2 / sum a^4 of its weights a.
+
+    1 where one matrix has all the weight, as at the start of `fit_cp`; the matrices of the stack where all have as much. Raises
+    ValueError where there is no CP decomposition.
+    """
+    weights = [torch.stack([part.scale for part in found]).double() for _, found in decompositions(model)
+               if isinstance(found[0], CPLinear)]  # fmt: skip
+    if not weights:
+        raise ValueError("the model has no matrices in CP form: call cp_layers first")
+    served = [a.square().sum(0).square() / a.pow(4).sum(0).clamp(min=1e-30) for a in weights]
+    return torch.cat(served).mean().item()
+
+
 def tucker_ranks(tensor: torch.Tensor, budget: float) -> list[int]:
     """Ranks of a tensor (matrices, out, in) that `budget` weights hold, none above the product of the others.
 
@@ -518,24 +548,27 @@ def tucker_layers(
     size: float = 0.5,
     sweeps: int = 5,
     joint: bool = False,
+    unit: bool = False,
 ) -> dict[str, float]:
     """T-12: the matrices of all layers as one tensor in Tucker form: bases of inputs and outputs and cores for all, each matrix
     with its own mixture of the cores. In place.
 
     `ranks` are those of matrices, outputs and inputs; without them they are chosen for `size` of the weights (`tucker_ranks`).
-    The rest is as in `cp_layers`. Raises ValueError for a rank below 1, above its side or above the product of the others, a
-    size that ranks of 1 exceed, and weights that are not finite.
+    With `unit` every matrix is fitted at norm 1, so that none counts for more than another; its norm goes into its mixture. The
+    rest is as in `cp_layers`. Raises ValueError for a rank below 1, above its side or above the product of the others, a size
+    that ranks of 1 exceed, and weights that are not finite.
     """
     made = []
     for matrices in stacks(model, groups, joint):
         tensor = stacked(matrices)
-        sides = tuple(tensor.shape)
+        norms = tensor.flatten(1).norm(dim=1).clamp(min=1e-30) if unit else tensor.new_ones(len(tensor))
+        tensor, sides = tensor / norms[:, None, None], tuple(tensor.shape)
         chosen = tucker_ranks(tensor, size * tensor.numel()) if ranks is None else list(ranks)
         most = [min(side, math.prod(chosen) // max(rank, 1)) for side, rank in zip(sides, chosen, strict=False)]
         if len(chosen) != 3 or not all(1 <= rank <= limit for rank, limit in zip(chosen, most, strict=True)):
             raise ValueError(f"three ranks of 1 to {sides}, none above the product of the others, got {chosen}")
         core, (mix, left, right), _ = fit_tucker(tensor, chosen, sweeps)
-        made.append((matrices, chosen, {"left": left, "core": core, "right": right.T, "mix": mix}))
+        made.append((matrices, chosen, {"left": left, "core": core, "right": right.T, "mix": mix * norms[:, None]}))
     return place_stacks(model, TuckerLinear, made)
 
 
@@ -608,8 +641,8 @@ def error_table(dense: nn.Module, model: nn.Module) -> pandas.DataFrame:
     """A row per decomposition in `model`, of matrices that `dense` still has: its relative squared `error`, between the `least`
     and the `most` that it can be.
 
-    `size` is its share of the matrices' weights. `least` holds whatever the weights are; `most` holds for the fit, not for
-    weights that have been trained. Raises ValueError where there is no decomposition.
+    `size` is its share of the matrices' weights. `least` holds whatever the weights are; `most` holds for the fit to the
+    matrices as they are, not for weights that have been trained. Raises ValueError where there is no decomposition.
     """
     rows = {}
     for paths, found in decompositions(model):
@@ -639,6 +672,16 @@ def contraction_table(part: TensorLinear, tokens: Sizes = (32, 1024)) -> pandas.
     rows = {order: {"once": once, "per token": each} | {f"{n} tokens": (once + n * each) / (n * dense) for n in tokens}
             for order, (once, each) in part.costs.items()}  # fmt: skip
     return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("order")
+
+
+def macs_in_batch(model: nn.Module, length: int, batch: int = 32) -> float:
+    """Multiply-adds of one sequence of `length` tokens in a pass over `batch` of them.
+
+    `costs.macs` is of a pass over one: what a tensor format does once a pass, such as multiplying its cores out, many share.
+    """
+    saved = [part.macs(length) - part.macs(batch * length) / batch
+             for _, found in decompositions(model) for part in found]  # fmt: skip
+    return costs.macs(model, length) - sum(saved)
 
 
 def set_order(model: nn.Module, order: str) -> None:

@@ -139,19 +139,20 @@ def explained(examples: Examples, predict: OfLayer) -> dict[int, float]:
 
 def best_maps(
     fit: Examples, held: Examples, features: OfLayer, ridges: Sequence[float] = RIDGES
-) -> tuple[dict[int, Map], dict[int, float]]:
+) -> tuple[dict[int, Map], dict[int, float], dict[int, float]]:
     """Per layer the ridge regression of y on `features`, with that one of the ridges which explains most of the `held` examples;
-    and the share of their variance that it explains. The method's maps and its controls' are found alike.
+    the share of their variance that it explains; and that ridge. The method's maps and its controls' are found alike.
     """
     best: dict[int, Map] = {}
     shares: dict[int, float] = {}
+    chosen: dict[int, float] = {}
     sums = regress(fit, features)
     for ridge in ridges:
         maps = {layer: one.solve(ridge) for layer, one in sums.items()}
         for layer, share in explained(held, linear_prediction(features, maps)).items():
             if share > shares.get(layer, -torch.inf):
-                best[layer], shares[layer] = maps[layer], share
-    return best, shares
+                best[layer], shares[layer], chosen[layer] = maps[layer], share, ridge
+    return best, shares, chosen
 
 
 # --- T-11 tensorized attention --------------------------------------------------------------------------------------
@@ -205,22 +206,23 @@ def trilinear_start(
 @torch.no_grad()
 def trilinear_parts(
     model: nn.Module, fit: Examples, held: Examples, rank: int = 64, length: int = 32, blocks: int = 1, start: str = ROWS, seed: int = 0
-) -> tuple[dict[int, TrilinearAttention], dict[int, float]]:  # fmt: skip
+) -> tuple[dict[int, TrilinearAttention], dict[int, float], dict[int, float]]:  # fmt: skip
     """T-11: for each layer of the examples an attention that is one trilinear tensor and a linear map of its lines.
 
     Ma et al. 2019 (arXiv 1906.09777), survey 6.3: language models that learn so from scratch. Here a layer begins as near to
     the dense one as its form allows: projections from trained rows, and the map by ridge regression onto the dense attention's
-    outputs, each layer for itself. Returns the parts, to be put in place by `put_attention`, and the share of the variance of
-    the `held` outputs that each explains. Raises ValueError for a start that there is not, and for sizes that the part refuses.
+    outputs, each layer for itself. Returns the parts, to be put in place by `put_attention`, the share of the variance of the
+    `held` outputs that each explains, and the ridge of each. Raises ValueError for a start that there is not, and for sizes that
+    the part refuses.
     """
     layers = model.bert.encoder.layer
     made = {layer: trilinear_start(layers[layer].attention, one, rank, length, blocks, start, seed + layer)
             for layer, one in fit[0].items()}  # fmt: skip
-    maps, shares = best_maps(fit, held, lambda layer, x, mask: pair_features(made[layer], x, mask))
+    maps, shares, ridges = best_maps(fit, held, lambda layer, x, mask: pair_features(made[layer], x, mask))
     for layer, (weight, bias) in maps.items():
         made[layer].output.dense.weight.copy_(weight)
         made[layer].output.dense.bias.copy_(bias)
-    return made, shares
+    return made, shares, ridges
 
 
 def put_attention(model: nn.Module, made: dict[int, TrilinearAttention]) -> None:
@@ -262,3 +264,18 @@ def put_mean(model: nn.Module, maps: dict[int, Map]) -> None:
         attention.output.dense.bias.copy_(bias)
         for parameter in (*attention.self.query.parameters(), *attention.self.key.parameters()):
             parameter.zero_()
+
+
+@torch.no_grad()
+def put_bias(model: nn.Module, examples: Examples, layers: Sequence[int]) -> None:
+    """Control of T-11 with the attention off: layers add the mean of their outputs over the examples, whatever they read. In
+    place.
+
+    Values and the map behind them are 0, too, and neither has a gradient where the other is 0: no training changes that.
+    """
+    for layer in layers:
+        seen = torch.cat([example[layer].y[example[layer].mask] for example in examples])
+        attention = model.bert.encoder.layer[layer].attention
+        for parameter in (*attention.self.parameters(), attention.output.dense.weight):
+            parameter.zero_()
+        attention.output.dense.bias.copy_(seen.mean(0))

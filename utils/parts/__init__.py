@@ -38,7 +38,14 @@ from utils.parts.projected import LinformerAttention, StarAttention
 from utils.parts.shared import HashedLinear, HashedVectors, QuaternionLinear, RandomlySharedLinear, ToeplitzLinear
 from utils.parts.sorting import SinkhornAttention, SinkhornMixture, SortCutAttention
 from utils.parts.students import BiLSTM, SpelledBert, TextCNN
-from utils.parts.tensors import BlockTermLinear, CPLinear, TensorTrainLinear, TensorTrainVectors, TuckerLinear
+from utils.parts.tensors import (
+    BlockTermLinear,
+    CPLinear,
+    OrderedTrainVectors,
+    TensorTrainLinear,
+    TensorTrainVectors,
+    TuckerLinear,
+)
 from utils.parts.trilinear import TrilinearAttention
 
 __all__ = [
@@ -86,6 +93,7 @@ PARTS: dict[str, type[Part]] = {
         EquilibriumEncoder,
         TensorTrainLinear,
         TensorTrainVectors,
+        OrderedTrainVectors,
         BlockTermLinear,
         CPLinear,
         TuckerLinear,

@@ -169,8 +169,9 @@ class DigitVectors(CodedVectors):
 
     WEST, Variani, Suresh and Weintraub 2018 (arXiv 1811.08417), survey 6.2: E = B D, where a row of B has a 1 for each sub-unit
     of the word, and D is block-diagonal, a block (base, width / digits) per position. The digits, lowest first, are the
-    sub-units. Which `number` (vocabulary,) a word has is free, as long as no two have the same; at first it is the id. Raises
-    ValueError for digits that do not divide the width, and where there are fewer numbers of that many digits than words.
+    sub-units. Which `number` (vocabulary,) of that many digits a word has is free, as long as no two have the same; at first it
+    is the id. Raises ValueError for digits that do not divide the width, and where there are fewer numbers than words, or more
+    than 31 bits can name.
     """
 
     kind = "digit_vectors"
@@ -180,6 +181,8 @@ class DigitVectors(CodedVectors):
         check_divides(digits, embedding_dim, "digits")
         if base < 1 or base**digits < num_embeddings:
             raise ValueError(f"{digits} digits of base {base} cannot tell {num_embeddings} words apart: take a larger base")
+        if base**digits > 2**31:
+            raise ValueError(f"numbers have 31 bits at most, {digits} digits of base {base} have more")
         self.digits, self.base = digits, base
         self.blocks = nn.Parameter(0.02 * torch.randn(digits, base, embedding_dim // digits))
         self.add_codes(number=(num_embeddings,))
@@ -196,8 +199,8 @@ class DigitVectors(CodedVectors):
         return embedding(self.codes(ids) + first, self.blocks.flatten(0, 1)).flatten(1)
 
     def choices(self) -> dict[str, int]:
-        """Numbers of the words: one each, below the vocabulary."""
-        return {"number": self.num_embeddings}
+        """Numbers of the words, of so many digits."""
+        return {"number": self.base**self.digits}
 
     def options(self) -> dict:
         """Vocabulary, width, digits and their base."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from utils.parts.embeddings import WordVectors
+from utils.parts.embeddings import CodedVectors, WordVectors
 from utils.parts.shared import ComposedLinear
 
 AUTO, REBUILD = "auto", "rebuild"
@@ -332,6 +332,41 @@ class TensorTrainVectors(WordVectors):
         """Slice j times what the slices before it made: m_1..m_(j-1) r_(j-1) m_j r_j."""
         bonds, m = [1, *self.ranks, 1], self.vector_factors
         return sum(math.prod(m[: j + 1]) * bonds[j] * bonds[j + 1] for j in range(1, len(m)))
+
+
+class OrderedTrainVectors(TensorTrainVectors, CodedVectors):
+    """The same for words in an order of their own: the digits are those of a word's `place` (vocabulary,) in it.
+
+    Which words share a slice is part of the format, and the order is stored with it, 16 bits a word in a vocabulary of up to
+    65,536. At first it is that of the ids.
+    """
+
+    kind = "ordered_train_vectors"
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        ranks: Sizes,
+        word_factors: Sizes | None = None,
+        vector_factors: Sizes | None = None,
+    ):
+        super().__init__(num_embeddings, embedding_dim, ranks, word_factors, vector_factors)
+        self.add_codes(place=(num_embeddings,))
+        self.place.copy_(torch.arange(num_embeddings))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The whole table, in the order of the ids."""
+        return super().weight[self.place.long()]
+
+    def compose(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows at the words' places."""
+        return super().compose(self.place[ids].long())
+
+    def choices(self) -> dict[str, int]:
+        """Places."""
+        return {"place": self.num_embeddings}
 
 
 # --- T-10 block terms -----------------------------------------------------------------------------------------------
