@@ -31,7 +31,9 @@ from utils.catalogue import ROOT
 from utils.execute import WITH_ERRORS
 
 COMMAND_LINE = ("bench", "cli", "doctor", "execute", "prose", "report", "run")  # modules that no number of a notebook depends on
-LOOKS_AT_ALL_ROWS = re.compile(r"board\.(rows|claims|close\(|verdicts\(|table\(\))")
+LOOKS_AT_ALL_ROWS = re.compile(  # a section that picks rows by section or by method names its own
+    r"board\.(rows(?! if row\.(section == |method in ))|claims|close\(|verdicts\(|table\(\))"
+)
 GRACE = 5.0  # seconds that a child has to end after it was told to
 NO_ROWS = {
     "rows": [],

@@ -171,6 +171,7 @@ def test_rows_and_columns_of_a_balanced_matrix_sum_to_one():
     errors = [balance_error(sinkhorn(scores, iterations)) for iterations in (1, 4, 16, 200)]
     assert sorted(errors, reverse=True) == errors and errors[0] > 0.1 and errors[-1] < 1e-5
     torch.testing.assert_close(sinkhorn(scores, 1).sum(-1), torch.ones(3, 4, 9))  # rows last
+    assert balance_error(torch.tensor([[0.5, 0.4], [0.5, 0.5]])) == pytest.approx(0.1)  # what is missing counts, too
     one = scores.exp() / scores.exp().sum(-2, keepdim=True)
     torch.testing.assert_close(sinkhorn(scores, 1), one / one.sum(-1, keepdim=True))
 
