@@ -370,6 +370,7 @@ def names_of(source: str) -> tuple[set[str], set[str], set[str]]:
     table = symtable.symtable(source, "cell", "exec")
     symbols = table.get_symbols()
     bound = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()}
+    bound |= set(walrus_targets(ast.parse(source)))
     used = {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
 
     def outside(scope: symtable.SymbolTable) -> set[str]:
@@ -377,6 +378,15 @@ def names_of(source: str) -> tuple[set[str], set[str], set[str]]:
         return own.union(*(outside(child) for child in scope.get_children()))
 
     return bound, used, set().union(*(outside(child) for child in table.get_children()))
+
+
+def walrus_targets(node: ast.AST) -> Iterator[str]:
+    """Names that `:=` binds outside of functions: inside a comprehension, too, it binds in what surrounds that."""
+    if isinstance(node, ast.NamedExpr):
+        yield node.target.id
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.ClassDef | ast.Lambda):
+            yield from walrus_targets(child)
 
 
 def core_copy(source: Path, target: Path) -> None:

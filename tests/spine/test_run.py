@@ -105,6 +105,22 @@ def chapter(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.parametrize(
+    ("source", "looks"),
+    [
+        ("len(board.rows)", True),
+        ("board.table()", True),
+        ("board.table('P-01')", False),
+        ("[row for row in board.rows if row.section == '2']", False),
+        ("[row for row in board.rows if row.method in ('P-01',)]", False),
+        ("[row for row in board.rows if not row.simulated]", True),
+        ("[row for row in board.rows if row.method == 'control']", True),
+    ],
+)
+def test_a_section_that_picks_its_own_rows_looks_at_no_others(source, looks):
+    assert bool(run.LOOKS_AT_ALL_ROWS.search(source)) == looks
+
+
 def execute(out: Path, **options) -> run.Outcome:
     request = run.Request(out, "smoke", {"PROFILE": "smoke", **options.pop("parameters", {})}, **options)
     (outcome,) = run.run_all(["one"], request)

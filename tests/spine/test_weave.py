@@ -321,6 +321,7 @@ def test_some_sections_come_with_the_opening_and_the_closing(lesson):
         ("class A(B):\n    x = y\n    def m(self):\n        return self.x + z", {"B", "y", "z"}),
         ("for i in range(3):\n    last = i\nprint(last, i)", set()),
         ("if (n := 3) > 2:\n    print(n)\nm = (k := 1) + k", set()),
+        ("x = {k: f'{v}' if (v := k) else w for k in range(3)}\ndef g():\n    return (u := 1) + v\nu", {"w", "u"}),
         ("import os.path as p, sys\nfrom json import loads as l\np, sys, l, os", {"os"}),
         ("f = lambda x, y=d: x + y + u", {"d", "u"}),
         ("from m import a\ntry:\n    a()\nexcept a.E as e:\n    print(e)", set()),

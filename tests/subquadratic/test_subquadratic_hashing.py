@@ -30,7 +30,6 @@ from utils.subquadratic.hashing import (
     window_share,
 )
 
-pytestmark = pytest.mark.method("L-04")
 INPUTS = ("input_ids", "attention_mask")
 
 
@@ -70,6 +69,7 @@ OPTIONS = {"two": {"chunk": 4}, "one": {"chunk": 4, "rounds": 1}, "fixed": {"chu
            "many": {"chunk": 1, "rounds": 3, "start": "mean"}, "lots": {"chunk": 4, "by_lot": True}}  # fmt: skip
 
 
+@pytest.mark.method("L-04")
 def test_every_model_comes_back_in_a_fresh_process(tiny, tmp_path):
     for name, options in OPTIONS.items():
         model = copy.deepcopy(tiny)
@@ -80,6 +80,7 @@ def test_every_model_comes_back_in_a_fresh_process(tiny, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.method("L-04")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_closed_form_is_what_the_counter_sees(name, tiny):
     reformer(tiny, **OPTIONS[name])
@@ -87,6 +88,7 @@ def test_closed_form_is_what_the_counter_sees(name, tiny):
         assert costs.macs(tiny, length, 2) == costs.measured_macs(tiny, length, 2)
 
 
+@pytest.mark.method("L-04")
 def test_one_projection_is_stored_for_two(tiny, tmp_path):
     before, parameters = artifacts.save(tiny, tmp_path / "dense")["stored_bytes"], costs.parameter_counts(tiny)["parameters"]
     reformer(tiny)
@@ -94,6 +96,7 @@ def test_one_projection_is_stored_for_two(tiny, tmp_path):
     assert before - artifacts.save(tiny, tmp_path / "shared")["stored_bytes"] == pytest.approx(8 * (32 * 32 + 32), abs=2500)
 
 
+@pytest.mark.method("L-04")
 def test_training_draws_new_rotations_and_reaches_every_weight(tiny, batch):
     reformer(tiny, chunk=2)
     inputs = {name: batch[name] for name in INPUTS}
@@ -109,6 +112,7 @@ def test_training_draws_new_rotations_and_reaches_every_weight(tiny, batch):
     assert np.isfinite(log.losses).all() and still == []
 
 
+@pytest.mark.method("L-04")
 def test_bfloat16_is_near():
     part, x = make(chunk=16, rounds=1), torch.randn(2, 16, 32)
     exact = run(part, x)
@@ -117,6 +121,7 @@ def test_bfloat16_is_near():
     assert torch.isfinite(run(make(chunk=3).bfloat16(), x.bfloat16())).all()
 
 
+@pytest.mark.method("L-04")
 def test_what_makes_no_attention_is_refused(tiny):
     for options, message in (({"chunk": 0}, "at least 1"), ({"rounds": 0}, "at least 1"), ({"buckets": 6}, "power of two"),
                              ({"start": "middle"}, "start must be one of"), ({"batches": []}, "no calibration")):  # fmt: skip
@@ -127,6 +132,7 @@ def test_what_makes_no_attention_is_refused(tiny):
 # --- no length x length ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.method("L-04")
 def test_no_tensor_grows_with_the_square_of_the_length():
     part, most = make(chunk=8, rounds=2), {}
     for length in (512, 1024):
@@ -140,6 +146,7 @@ def test_no_tensor_grows_with_the_square_of_the_length():
 # --- dense attention at the limits, and by the pattern ----------------------------------------------------------------
 
 
+@pytest.mark.method("L-04")
 def test_one_chunk_is_dense_attention_to_all_others():
     x, padded = torch.randn(11, 32), torch.randn(1, 14, 32)
     padded[0, :11], text = x, (torch.arange(14) < 11)[None]
@@ -150,12 +157,14 @@ def test_one_chunk_is_dense_attention_to_all_others():
         torch.testing.assert_close(run(part, padded, text.long())[0, :11], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.method("L-04")
 def test_many_rounds_are_dense_attention_once_every_pair_has_met():
     part, x = make(chunk=4, rounds=100), torch.randn(21, 32)
     assert hashed_pattern(part, x).sum() == 4 * 21 * 20
     torch.testing.assert_close(run(part, x[None])[0], dense(part, x, torch.eye(21) * -1e5), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.method("L-04")
 @pytest.mark.parametrize("rounds, count_once", [(1, True), (3, True), (3, False)])
 @pytest.mark.parametrize("chunk, length", [(4, 20), (4, 22), (1, 5), (7, 30)])
 def test_rounds_are_dense_attention_with_the_mask_of_what_they_see(chunk, length, rounds, count_once):
@@ -166,6 +175,7 @@ def test_rounds_are_dense_attention_with_the_mask_of_what_they_see(chunk, length
     torch.testing.assert_close(run(part, x[None])[0], expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.method("L-04")
 def test_a_pattern_is_what_a_loop_over_sorted_tokens_sees():
     part, x, chunk = make(chunk=3, rounds=2), torch.randn(10, 32), 3
     buckets = part.hash(queries_of(part, x), torch.ones(1, 10, dtype=torch.bool))
@@ -178,6 +188,7 @@ def test_a_pattern_is_what_a_loop_over_sorted_tokens_sees():
     assert torch.equal(hashed_pattern(part, x), seen)
 
 
+@pytest.mark.method("L-04")
 def test_a_token_attends_to_itself_only_where_there_is_no_other():
     alone = make(chunk=1, rounds=1)
     x = torch.randn(1, 6, 32)
@@ -194,6 +205,7 @@ def test_a_token_attends_to_itself_only_where_there_is_no_other():
 # --- transformers' Reformer -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.method("L-04")
 @pytest.mark.parametrize("rounds", [1, 2])
 @pytest.mark.parametrize("chunk", [4, 8, 32])
 def test_transformers_reformer_computes_the_same(rounds, chunk):
@@ -218,6 +230,7 @@ def test_transformers_reformer_computes_the_same(rounds, chunk):
 # --- padding ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.method("L-04")
 @pytest.mark.parametrize(
     "options", [{"chunk": 4}, {"chunk": 2, "rounds": 3}, {"chunk": 1, "rounds": 1}, {"chunk": 64}, {"chunk": 4, "by_lot": True}]
 )
@@ -234,6 +247,7 @@ def test_neither_padding_nor_the_rest_of_the_batch_changes_a_text(options):
     assert torch.isfinite(empty).all()
 
 
+@pytest.mark.method("L-04")
 def test_a_sentence_has_the_same_logits_alone(tiny, batch):
     reformer(tiny, chunk=2)
     together = tiny(**{name: batch[name] for name in INPUTS}).logits
@@ -245,6 +259,7 @@ def test_a_sentence_has_the_same_logits_alone(tiny, batch):
 # --- the hash ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.method("L-04")
 def test_a_bucket_is_the_nearest_direction_of_a_rotation():
     x, rotation = torch.randn(2, 3, 50, 8), torch.randn(3, 8, 16)
     found = hashing.cross_polytope(x, rotation, torch.tensor([5, 3]))
@@ -256,12 +271,14 @@ def test_a_bucket_is_the_nearest_direction_of_a_rotation():
     assert none[0].max() == 0 and set(none[1].flatten().tolist()) == {0, 1}
 
 
+@pytest.mark.method("L-04")
 def test_rotations_are_those_of_the_seed():
     first, same, other = (make(seed=seed).rotations for seed in (3, 3, 4))
     assert torch.equal(first, same) and not torch.allclose(first, other)
     assert "rotations" not in make().state_dict()  # a file says the seed
 
 
+@pytest.mark.method("L-04")
 def test_buckets_follow_the_length_and_their_hashes_stay_small():
     lengths = torch.tensor([1, 32, 33, 64, 65, 128, 512, 2048, 2049, 16384, 10**7])
     assert hashing.bucket_bits(lengths, 64).tolist() == [1, 1, 1, 1, 2, 2, 4, 6, 7, 9, 12]
@@ -271,6 +288,7 @@ def test_buckets_follow_the_length_and_their_hashes_stay_small():
     assert len(buckets.unique()) == 128 and buckets.min() == 0 and buckets.max() == 127
 
 
+@pytest.mark.method("L-04")
 def test_the_hash_finds_more_of_the_highest_scores_than_windows_at_random():
     part, centres = make(chunk=8, rounds=2), torch.randn(16, 32)
     x = (centres[:, None] + 0.3 * torch.randn(16, 8, 32)).flatten(0, 1)[torch.randperm(128)]
@@ -282,6 +300,7 @@ def test_the_hash_finds_more_of_the_highest_scores_than_windows_at_random():
         assert hash_recall(one, x[:length], top=1)[1] == pytest.approx(window_share(length, 8))
 
 
+@pytest.mark.method("L-04")
 def test_buckets_by_lot_know_nothing_and_find_what_chance_finds():
     part, x, text = make(chunk=8, rounds=2, by_lot=True), torch.randn(2, 1, 4, 512, 8), torch.ones(1, 512, dtype=torch.bool)
     first, other = (torch.stack(part.hash(q, text)) for q in x)
@@ -311,6 +330,7 @@ def projections(count: int = 2) -> list[nn.Linear]:
     return made
 
 
+@pytest.mark.method("L-04")
 def test_nearest_is_the_symmetric_part_without_its_negative_eigenvalues():
     query, key = projections()
     A = torch.randn(33, 33, dtype=torch.double)
@@ -327,6 +347,7 @@ def test_nearest_is_the_symmetric_part_without_its_negative_eigenvalues():
             np.testing.assert_allclose(found, best * np.trace(best), atol=1e-4, rtol=1e-4)  # times the mean square of |W x|
 
 
+@pytest.mark.method("L-04")
 def test_turning_a_heads_queries_changes_the_mean_and_not_the_nearest():
     query, key = projections()
     turned = copy.deepcopy(query), copy.deepcopy(key)
@@ -342,6 +363,7 @@ def test_turning_a_heads_queries_changes_the_mean_and_not_the_nearest():
         assert torch.allclose(a.mT @ a, b.mT @ b, atol=1e-3) == same
 
 
+@pytest.mark.method("L-04")
 def test_where_queries_and_keys_are_one_every_start_keeps_the_scores():
     (query,) = projections(1)
     for start in hashing.STARTS:
@@ -352,6 +374,7 @@ def test_where_queries_and_keys_are_one_every_start_keeps_the_scores():
         torch.testing.assert_close(shared.mT @ shared, form * size, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.method("L-04")
 def test_scores_of_shared_queries_have_the_size_of_the_trained_ones():
     query, key = projections()
     x = torch.randn(4000, 32)
@@ -366,6 +389,7 @@ def test_scores_of_shared_queries_have_the_size_of_the_trained_ones():
     assert float(shared[shared > -torch.inf].std() / trained.std()) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.method("L-04")
 def test_calibration_sees_the_inputs_of_real_tokens(tiny, batch):
     with torch.no_grad():
         states = tiny(**{name: batch[name] for name in INPUTS}, output_hidden_states=True).hidden_states
@@ -379,6 +403,7 @@ def test_calibration_sees_the_inputs_of_real_tokens(tiny, batch):
     assert not torch.allclose(*(m.bert.encoder.layer[1].attention.self.query.weight for m in (plain, seeing)), atol=1e-3)
 
 
+@pytest.mark.method("L-04")
 def test_overlap_of_maps_with_the_same_scores_is_all_but_what_a_token_gives_itself():
     x, part, attention = torch.randn(12, 32), make().requires_grad_(False), nn.Module()
     q = queries_of(part, x)[0]
