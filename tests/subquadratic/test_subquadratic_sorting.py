@@ -8,11 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from made import check_no_square
 from scipy.optimize import linear_sum_assignment
 from small_task import task_of
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from utils import artifacts, contract, costs, profiles, training
 from utils.parts import sorting
@@ -30,17 +29,6 @@ from utils.subquadratic.sorting import (
 
 INPUTS = ("input_ids", "attention_mask")
 KINDS = {"L-07": SinkhornAttention, "L-08": SortCutAttention, "L-09": SinkhornMixture}
-
-
-class Sizes(TorchDispatchMode):
-    """Notes the most elements that any tensor has which is made under it."""
-
-    most = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        self.most = max([self.most, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))])
-        return out
 
 
 def make(kind: type = SinkhornAttention, **options) -> SinkhornAttention:
@@ -153,13 +141,7 @@ def test_what_makes_no_attention_is_refused(tiny):
 @pytest.mark.method("L-07", "L-08")
 @pytest.mark.parametrize("kind, sorter", itertools.product([SinkhornAttention, SortCutAttention], sorting.SORTERS))
 def test_no_tensor_grows_with_the_square_of_the_length(kind, sorter):
-    part, most = make(kind, block=16, sorter=sorter), {}
-    for length in (512, 1024):  # 64 blocks at most
-        x = torch.randn(1, length, 32, requires_grad=True)
-        with Sizes() as sizes:
-            run(part, x).sum().backward()
-        most[length] = sizes.most
-    assert most[1024] <= 2.1 * most[512] and most[1024] < 1024 * 1024 / 4
+    check_no_square(make(kind, block=16, sorter=sorter))  # 64 blocks at most
 
 
 # --- L-07 balancing -------------------------------------------------------------------------------------------------
