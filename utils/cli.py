@@ -20,13 +20,14 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors import SafetensorError
 
-from utils import CompanionError
+from utils import CompanionError, hub
 
 app = typer.Typer(help="BERT compression companion: run, build and check the notebooks.", no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False)  # fmt: skip
 console = Console(width=None if sys.stdout.isatty() else 150)
 errors = Console(stderr=True)
-OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # a full or closed disk is no fault of the program
+OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+           errno.ENAMETOOLONG)  # a full or closed disk is no fault of the program  # fmt: skip
 DEFAULT_PROFILE = os.environ.get("COMPANION_PROFILE") or "cpu"
 DEFAULTS = {"MODEL": "embedded", "DATASET": None, "SEED": 0, "DEVICE": "auto"}  # None: the chapter's own
 
@@ -36,6 +37,9 @@ ProfileOption = Annotated[str, typer.Option(help="smoke, cpu, full or gpu (full 
 
 def main() -> None:
     """Entry point: what the user or the machine can mend becomes one line on stderr and exit code 2; our own faults stay tracebacks."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a stream that is none, or of another kind
+            stream.reconfigure(errors="replace")  # a terminal that has no sign for × gets a question mark
     try:
         app()
     except CompanionError as error:
@@ -46,6 +50,11 @@ def main() -> None:
         if error.errno not in OUTSIDE:
             raise
         fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}")
+
+
+def note(message: str) -> None:
+    """Say on stderr what goes on but should be known."""
+    errors.print(f"[yellow]note:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def fail(message: str) -> None:
@@ -81,14 +90,16 @@ def run(
     from utils import notebooks
     from utils import run as runs
 
-    names = notebooks.check_chapters(chapters or [])
+    names, out = notebooks.check_chapters(chapters or []), expanded(out)
     if out.exists() and not out.is_dir():
         raise CompanionError(f"--out {out} is a file: name a folder")
     for name in names:
         notebooks.weave(name, tuple(section or ()), track)  # an unknown section or track is told before anything starts
-    model, dataset = (str(Path(name).resolve()) if name and Path(name).exists() else name for name in (model, dataset))
-    preflight(profile, model, dataset, device)
-    given = {"MODEL": model, "DATASET": dataset, "SEED": seed, "DEVICE": device}
+    sources = {kind: located(name, runs.BUILT_IN[kind]) for kind, name in (("MODEL", model), ("DATASET", dataset))}
+    if not all(runs.at_hand(name, runs.BUILT_IN[kind]) for kind, name in sources.items()):
+        look_for_the_hub()
+    preflight(profile, sources["MODEL"], sources["DATASET"], device)
+    given = {**sources, "SEED": seed, "DEVICE": device}
     parameters = {name: value for name, value in given.items() if value != DEFAULTS[name]}
     if profile != "cpu":
         parameters = {"PROFILE": profile, **parameters}
@@ -97,6 +108,31 @@ def run(
     with runs.signals(stop):
         outcomes = show_progress(names, request, jobs, stop)
     finish(outcomes, request, stop)
+
+
+def expanded(place: str | Path) -> Path:
+    """A path whose tilde is the home folder, which a shell leaves as it is in `--out=~/x`."""
+    try:
+        return Path(place).expanduser()
+    except RuntimeError:  # no such user, or nobody's home is known
+        return Path(place)
+
+
+def located(name: str | None, built_in: tuple[str, ...]) -> str | None:
+    """A local file or folder by its full path, because chapters run in a folder of their own; other names as they are."""
+    if name is None or name in built_in:
+        if name and Path(name).exists():
+            note(f"{name} is the built-in one; ./{name} names what lies here under that name")
+        return name
+    place = expanded(name)
+    return os.path.abspath(place) if place.exists() else name  # links are not followed: their own names tell what they are
+
+
+def look_for_the_hub() -> None:
+    """Without network the hub's client looks into its cache at once, instead of trying again for a minute."""
+    if "HF_HUB_OFFLINE" not in os.environ and not hub.answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the client is first imported, here and in the notebooks
+        note("the hub does not answer: only what an earlier download left can be used of it")
 
 
 def preflight(profile: str, model: str, dataset: str | None, device: str) -> None:
@@ -111,6 +147,8 @@ def preflight(profile: str, model: str, dataset: str | None, device: str) -> Non
     profiles.pick_device(device, profile)
     task = tasks.load(dataset or "rotten_tomatoes", bert.load_tokenizer(model), sizes)
     bert.load(model, task.num_labels)
+    for told in (*task.notes, *bert.notes(model, task.num_labels)):
+        note(told)
 
 
 def show_progress(names: list[str], request, jobs: int, stop) -> list:
@@ -213,6 +251,7 @@ def report(
     """Print the results tables and the verdicts on the claims; `--readme` puts them into README.md."""
     from utils import report as reports
 
+    out = expanded(out)
     if readme:
         reports.publish(out)
     elif against:
@@ -226,6 +265,7 @@ def report(
 
 def show_results(out: Path, profile: str, names: list[str] | None = None) -> None:
     """Print a table per chapter and the verdicts."""
+    from utils import report as reports
     from utils import results
 
     if names is None:
@@ -236,11 +276,13 @@ def show_results(out: Path, profile: str, names: list[str] | None = None) -> Non
     for name, content in contents.items():
         baseline, rows = results.rows_of(content)
         columns, lines = results.table(rows, baseline)
-        title = escape(f"{name}, profile {content['profile']}, {results.machine_of(content)}")
-        table = Table(*map(escape, columns), title=title)
+        table = Table(*map(escape, columns), title=escape(reports.title(name, content)))
         for line in lines:
             table.add_row(*map(escape, line))
         console.print(table)
+        late = reports.overtaken(out, name, profile)
+        if late:
+            console.print(f"[yellow]note:[/] {escape(late)}", highlight=False, soft_wrap=True)
         for claim in content["claims"]:
             console.print(escape(f"  {claim['id']:>5}  {claim['verdict']:<12}  {claim['statement']}"), highlight=False)
     console.print(f"notebooks and results: {escape(str(out.resolve()))}", soft_wrap=True)
@@ -274,7 +316,9 @@ def doctor() -> None:
     from utils import doctor as checkup
 
     checks = checkup.checks()
-    table = Table("what", "state", "found", "what to do", title=f"Python {platform.python_version()} on {platform.platform()}")
+    table = Table(
+        "what", "state", "found", "what to do", title=escape(f"Python {platform.python_version()} on {platform.platform()}")
+    )
     styles = {"ok": "[green]ok[/]", "optional": "[yellow]optional[/]", "missing": "[bold red]missing[/]"}
     for name, state, found, advice in checks:
         table.add_row(escape(name), styles[state], escape(found), escape(advice))

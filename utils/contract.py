@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import artifacts, costs, parts
+from utils import CompanionError, artifacts, costs, parts
 
 TOLERANCE = 1e-4  # logits, float32
 
@@ -39,9 +39,12 @@ def write(path: Path, model: nn.Module, length: int) -> None:
 
 
 def broken(path: Path) -> list[str]:
-    """The promises that the artifact at `path` does not keep."""
-    expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    model = artifacts.load(path)
+    """The promises that the artifact at `path` does not keep; that it loads is the first one."""
+    try:
+        expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        model = artifacts.load(path)
+    except (CompanionError, OSError, ValueError) as error:
+        return [" ".join(str(error).split())]
     found = facts(model, expected["length"])
     problems = [f"other {what}" for what in ("classes", "ties") if found[what] != expected[what]]
     difference = (torch.tensor(found["logits"]) - torch.tensor(expected["logits"])).abs().max().item()
@@ -67,7 +70,10 @@ def same_bytes(path: Path, model: nn.Module) -> bool:
 
 def main() -> None:
     """`python -m utils.contract FOLDER`: check every artifact there; exit status 1 and a line each for broken ones."""
-    failed = {path.name: problems for path in sorted(Path(sys.argv[1]).glob("*.safetensors")) if (problems := broken(path))}
+    found = sorted(Path(sys.argv[1]).glob("*.safetensors")) if len(sys.argv) == 2 else []
+    if not found:
+        sys.exit("python -m utils.contract FOLDER: a folder with *.safetensors files is needed")
+    failed = {path.name: problems for path in found if (problems := broken(path))}
     for name, problems in failed.items():
         print(f"{name}: {'; '.join(problems)}")
     sys.exit(bool(failed))

@@ -332,18 +332,22 @@ class EnergyMeter:
         self._starting.start()
 
     def _start(self) -> None:
-        from codecarbon import OfflineEmissionsTracker
+        from codecarbon import OfflineEmissionsTracker, emissions_tracker
 
         logging.getLogger("codecarbon").disabled = True
-        tracker = OfflineEmissionsTracker(
-            country_iso_code="USA", save_to_file=False, log_level="critical", measure_power_secs=30, allow_multiple_runs=True
-        )
-        tracker.start()
-        self.tracker, self.started = tracker, time.perf_counter()
+        emissions_tracker.get_hierarchical_config = dict  # a user's own settings are for the user's own meters
+        with contextlib.suppress(Exception):  # an estimate beside the results must not cost them
+            tracker = OfflineEmissionsTracker(
+                country_iso_code="USA", save_to_file=False, log_level="critical", measure_power_secs=30, allow_multiple_runs=True
+            )
+            tracker.start()
+            self.tracker, self.started = tracker, time.perf_counter()
 
-    def stop(self) -> dict[str, float]:
-        """Estimated kilowatt-hours and mean watts since the start."""
+    def stop(self) -> dict[str, float | None]:
+        """Estimated kilowatt-hours and mean watts since the start; None where the meter did not start."""
         self._starting.join()
+        if self.tracker is None:
+            return {"energy_kwh_estimate": None, "mean_watts_estimate": None}
         self.tracker.stop()
         kilowatt_hours = float(self.tracker.final_emissions_data.energy_consumed)
         seconds = time.perf_counter() - self.started

@@ -5,6 +5,7 @@ closed: a file can name an encoding, never code. Chapters choose encodings, they
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,8 +34,62 @@ class Encoded:
 
 
 def decode(item: Encoded) -> torch.Tensor:
-    """The tensor that an `Encoded` stands for. Raises EncodingError where its parts do not fit together."""
-    return DECODERS[item.encoding](item.parts, item.meta, item.shape)
+    """The tensor that an `Encoded` stands for. Raises EncodingError where its parts do not fit together.
+
+    Sizes are compared before anything is expanded: what is allocated has the declared shape, or is as large as the parts.
+    """
+    check(item)
+    if item.encoding == "tied":
+        raise EncodingError("a tied tensor has no values of its own: decode the one that it is tied to")
+    return DECODERS[item.encoding](item.parts, item.meta, item.shape).view(item.shape)
+
+
+def check(item: Encoded) -> None:
+    """Raise EncodingError for an unknown encoding, for other parts or numbers than it has, and for bits that are not packed."""
+    _need(item.encoding in LAYOUT, f"unknown encoding {item.encoding!r}: this version knows {', '.join(LAYOUT)}")
+    parts, meta = LAYOUT[item.encoding]
+    _need(
+        set(item.parts) == set(parts), f"{item.encoding} has the parts {', '.join(parts) or 'none'}, got {', '.join(item.parts)}"
+    )
+    _need(set(item.meta) == set(meta), f"{item.encoding} needs {', '.join(meta) or 'nothing else'}, got {', '.join(item.meta)}")
+    for name, value in item.meta.items():
+        _need(META[name](value), f"{item.encoding} with {name} = {str(value)[:40]!r}")
+    for name, part in item.parts.items():
+        packed = name in PACKED
+        _need(not part.is_complex() and (not packed or (part.dtype == torch.uint8 and part.dim() == 1)),
+              f"{name} of {item.encoding} is a tensor of type {part.dtype} and shape {tuple(part.shape)}")  # fmt: skip
+
+
+def _need(condition: object, message: str) -> None:
+    if not condition:
+        raise EncodingError(message)
+
+
+def _is_whole(least: int, most: int) -> Callable[[object], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+LAYOUT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # encoding -> its parts, and what else decoding needs
+    "dense": (("values",), ()),
+    "tied": ((), ("to",)),
+    "bitmap": (("bitmap", "values"), ()),
+    "index_difference": (("gaps", "values"), ("bits", "count")),
+    "uniform": (("codes", "scale", "zero"), ("bits",)),
+    "codebook": (("codes", "centroids"), ("bits", "count")),
+    "product": (("codes", "centroids"), ("bits", "axis")),
+    "residual": (("codes", "centroids"), ("bits",)),
+    "multi_bit": (("codes", "alpha"), ()),
+    "outliers": (("codes", "centroids", "positions", "values"), ("bits",)),
+    "factors": (("left", "right"), ()),
+}
+PACKED = ("bitmap", "gaps", "codes")
+META: dict[str, Callable[[object], bool]] = {
+    "bits": _is_whole(1, 8),
+    "count": _is_whole(0, 2**40),
+    "axis": lambda value: value in ("columns", "rows"),
+    "to": lambda value: isinstance(value, str),
+}
+AT_ONCE = 2**26  # numbers that residual vectors may take while they are added up
 
 
 # --- encoders -------------------------------------------------------------------------------------------------------
@@ -51,7 +106,7 @@ def tied(tensor: torch.Tensor, to: str) -> Encoded:
 
 
 def bitmap(tensor: torch.Tensor) -> Encoded:
-    """One bit per position and the non-zero values: n / 8 + 4 * nnz bytes in float32."""
+    """One bit per position and the non-zero values: n / 8 + 4 * nnz bytes in float32. A zero comes back without its sign."""
     flat = tensor.flatten()
     nonzero = flat != 0
     return Encoded("bitmap", tuple(tensor.shape), {"bitmap": pack_bits(nonzero.to(torch.uint8), 1), "values": flat[nonzero]})
@@ -60,7 +115,8 @@ def bitmap(tensor: torch.Tensor) -> Encoded:
 def index_difference(tensor: torch.Tensor, bits: int) -> Encoded:
     """The non-zero values and the gaps between their positions in `bits` bits each.
 
-    A gap too long for `bits` bits is bridged by stored zeros, as in Deep Compression (Han et al. 2015, survey 2.1.2).
+    A gap too long for `bits` bits is bridged by stored zeros, as in Deep Compression (Han et al. 2015, survey 2.1.2). A zero comes
+    back without its sign.
     """
     flat = tensor.flatten()
     positions = torch.nonzero(flat).flatten().numpy()
@@ -76,7 +132,10 @@ def index_difference(tensor: torch.Tensor, bits: int) -> Encoded:
 
 
 def sparse(tensor: torch.Tensor) -> Encoded:
-    """The smallest of `dense`, `bitmap` and `index_difference` (with the best number of bits, at most 8)."""
+    """The smallest of `dense`, `bitmap` and `index_difference` (with the best number of bits, at most 8).
+
+    All but `dense` forget the sign of zeros. To keep it would undo pruning, which leaves -0.0 in half of the places (-3 times 0).
+    """
     n, nnz = tensor.numel(), int(torch.count_nonzero(tensor))
     size = tensor.element_size()
     candidates = {"dense": n * size, "bitmap": math.ceil(n / 8) + nnz * size}
@@ -149,61 +208,113 @@ def decode_bits(alpha: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 # --- decoders -------------------------------------------------------------------------------------------------------
 
 
+def _decode_dense(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
+    _need(tuple(parts["values"].shape) == tuple(shape), f"values {tuple(parts['values'].shape)} of a tensor {tuple(shape)}")
+    return parts["values"]
+
+
 def _decode_bitmap(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
+    places = unpack_bits(parts["bitmap"], 1, math.prod(shape)).bool()
+    _need_values(parts["values"], int(places.sum()))
     out = torch.zeros(math.prod(shape), dtype=parts["values"].dtype)
-    out[unpack_bits(parts["bitmap"], 1, math.prod(shape)).bool()] = parts["values"]
+    out[places] = parts["values"]
     return out.view(shape)
 
 
 def _decode_index_difference(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
     gaps = unpack_bits(parts["gaps"], meta["bits"], meta["count"]).long()
+    _need_values(parts["values"], meta["count"])
+    places = torch.cumsum(gaps + 1, 0) - 1
+    _need(not len(places) or places[-1] < math.prod(shape), f"gaps lead beyond the {math.prod(shape)} places of {tuple(shape)}")
     out = torch.zeros(math.prod(shape), dtype=parts["values"].dtype)
-    out[torch.cumsum(gaps + 1, 0) - 1] = parts["values"]
+    out[places] = parts["values"]
     return out.view(shape)
 
 
 def _decode_uniform(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
-    codes = unpack_bits(parts["codes"], meta["bits"], math.prod(shape)).view(shape).to(parts["scale"].dtype)
-    rows, groups = parts["scale"].shape
-    grouped = codes.view(rows, groups, -1) - parts["zero"].unsqueeze(-1)
-    return (grouped * parts["scale"].unsqueeze(-1)).view(shape)
+    scale, zero = parts["scale"], parts["zero"]
+    fits = scale.dim() == 2 and zero.shape in (scale.shape, (1, 1)) and scale.is_floating_point()  # one zero may serve all
+    _need(fits, f"scales {tuple(scale.shape)} and zeros {tuple(zero.shape)} must be (rows, groups)")
+    _need(
+        scale.numel() and math.prod(shape) % scale.numel() == 0, f"{scale.numel()} ranges do not divide {math.prod(shape)} codes"
+    )
+    codes = unpack_bits(parts["codes"], meta["bits"], math.prod(shape)).view(shape).to(scale.dtype)
+    rows, groups = scale.shape
+    grouped = codes.view(rows, groups, -1) - zero.unsqueeze(-1)
+    return (grouped * scale.unsqueeze(-1)).view(shape)
 
 
 def _decode_codebook(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
-    codes = unpack_bits(parts["codes"], meta["bits"], meta["count"]).long()
-    return parts["centroids"][codes].reshape(shape)
+    centroids = parts["centroids"]
+    _need(centroids.dim() == 2 and meta["count"] * centroids.shape[1] == math.prod(shape),
+          f"{meta['count']} codes and centroids {tuple(centroids.shape)} do not fill {tuple(shape)}")  # fmt: skip
+    return centroids[_indices(parts, meta, meta["count"], len(centroids))].reshape(shape)
 
 
 def _decode_product(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
+    centroids = parts["centroids"]
+    _need(
+        len(shape) == 2 and centroids.dim() == 3 and centroids.shape[-1], f"codebooks {tuple(centroids.shape)} of {tuple(shape)}"
+    )
     points, length = shape if meta["axis"] == "columns" else reversed(shape)
-    s = length // parts["centroids"].shape[-1]
-    index = unpack_bits(parts["codes"], meta["bits"], s * points).view(s, points).long()
-    w = paste_columns(look_up(parts["centroids"].expand(s, -1, -1), index))  # a lone codebook serves all blocks
+    s, rest = divmod(length, centroids.shape[-1])
+    _need(not rest and len(centroids) in (1, s), f"codebooks {tuple(centroids.shape)} do not make vectors of {length}")
+    index = _indices(parts, meta, s * points, centroids.shape[1]).view(s, points)
+    w = paste_columns(look_up(centroids.expand(s, -1, -1), index))  # a lone codebook serves all blocks
     return w if meta["axis"] == "columns" else w.T.contiguous()
 
 
 def _decode_residual(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
-    t, _, length = parts["centroids"].shape
-    points = math.prod(shape) // length
-    index = unpack_bits(parts["codes"], meta["bits"], t * points).view(t, points).long()
-    return look_up(parts["centroids"], index).sum(0).view(shape)
+    centroids, n = parts["centroids"], math.prod(shape)
+    _need(centroids.dim() == 3 and centroids.numel() and n % centroids.shape[-1] == 0,
+          f"codebooks {tuple(centroids.shape)} do not make {tuple(shape)}")  # fmt: skip
+    t, k, length = centroids.shape
+    index = _indices(parts, meta, t * (n // length), k).view(t, n // length)
+    chunk = index.shape[1] if t * n <= AT_ONCE else max(1, AT_ONCE // (t * length))
+    return torch.cat([look_up(centroids, some).sum(0) for some in index.split(max(1, chunk), 1)]).view(shape)
 
 
 def _decode_multi_bit(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
     alpha = parts["alpha"]
+    _need(len(shape) == 2 and alpha.dim() == 2 and len(alpha) == shape[0] and alpha.is_floating_point(),
+          f"scales {tuple(alpha.shape)} of {tuple(shape)}")  # fmt: skip
     B = unpack_bits(parts["codes"], 1, alpha.numel() * shape[-1]).view(*alpha.shape, shape[-1])
     return decode_bits(alpha, 2.0 * B - 1).view(shape)
 
 
 def _decode_outliers(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
-    codes = unpack_bits(parts["codes"], meta["bits"], torch.Size(shape).numel()).long()
-    flat = parts["centroids"][codes]
-    flat[parts["positions"].long()] = parts["values"]
+    positions, n = parts["positions"].long(), math.prod(shape)
+    _need(parts["centroids"].dim() == 1, f"centroids {tuple(parts['centroids'].shape)} must be (k,)")
+    _need_values(parts["values"], positions.numel())
+    _need(
+        positions.dim() == 1 and bool(((positions >= 0) & (positions < n)).all()),
+        f"positions beyond the {n} places of {tuple(shape)}",
+    )
+    flat = parts["centroids"][_indices(parts, meta, n, len(parts["centroids"]))]
+    flat[positions] = parts["values"]
     return flat.view(shape)
 
 
+def _decode_factors(parts: dict, meta: dict, shape: tuple) -> torch.Tensor:
+    left, right = parts["left"], parts["right"]
+    fits = left.dim() == right.dim() == 2 and left.shape[1] == right.shape[0] and (len(left), right.shape[1]) == tuple(shape)
+    _need(fits, f"factors {tuple(left.shape)} and {tuple(right.shape)} of {tuple(shape)}")
+    return left @ right
+
+
+def _indices(parts: dict, meta: dict, count: int, size: int) -> torch.Tensor:
+    """The codes (count,) as indices into a codebook of that size. Raises EncodingError for one beyond it."""
+    codes = unpack_bits(parts["codes"], meta["bits"], count)
+    _need(not count or int(codes.max()) < size, f"codes beyond a codebook of {size}")
+    return codes.long()
+
+
+def _need_values(values: torch.Tensor, count: int) -> None:
+    _need(tuple(values.shape) == (count,), f"values {tuple(values.shape)} for {count} places")
+
+
 DECODERS = {
-    "dense": lambda parts, meta, shape: parts["values"],
+    "dense": _decode_dense,
     "bitmap": _decode_bitmap,
     "index_difference": _decode_index_difference,
     "uniform": _decode_uniform,
@@ -212,7 +323,7 @@ DECODERS = {
     "residual": _decode_residual,
     "multi_bit": _decode_multi_bit,
     "outliers": _decode_outliers,
-    "factors": lambda parts, meta, shape: parts["left"] @ parts["right"],
+    "factors": _decode_factors,
 }
 
 

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 
 import nbformat
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 from papermill.iorw import load_notebook_node
@@ -28,12 +30,23 @@ WITH_ERRORS, FAILED = 3, 4  # exit statuses: some cells raised; the opening rais
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
+class OwnKernel(AsyncKernelManager):
+    """Kernels of the Python that runs this. What is called `python3` among the user's kernels may belong to another environment."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """How the kernel is started."""
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=command, display_name=notebooks.KERNEL["display_name"], language="python")
+
+
 def execute(order: dict) -> int:
     """Run the ordered notebook and write it after every section; returns the exit status."""
     notebook = prepare(order)
     facts = notebook.metadata["companion"]
-    client = NotebookClient(notebook, kernel_name="python3", timeout=None, allow_errors=True, record_timing=False,
-                            coalesce_streams=True, resources={"metadata": {"path": order["cwd"]}})  # fmt: skip
+    client = NotebookClient(notebook, kernel_name="python3", kernel_manager_class=OwnKernel, timeout=None,
+                            startup_timeout=300, allow_errors=True, record_timing=False, coalesce_streams=True,
+                            resources={"metadata": {"path": order["cwd"]}})  # fmt: skip
     threading.Thread(target=die_with_parent, args=[client], daemon=True).start()
     with client.setup_kernel(**start_options()):
         for section in notebooks.sections(notebook):

@@ -24,10 +24,16 @@ FAMILIES = {"P": "pruning", "Q": "quantization", "K": "distillation", "S": "para
 
 
 def publish(out: Path) -> None:
-    """Write the README's results section, the page of all rows and the picture. CompanionError where there are no results."""
+    """Write the README's results section, the page of all rows and the picture.
+
+    Raises CompanionError where there are no results, or some that a later run did not replace.
+    """
     from utils import plots
 
     contents = results.of_record(out)
+    late = [why for content in contents if (why := overtaken(out, content["chapter"], content["profile"]))]
+    if late:
+        raise CompanionError("; ".join(late) + ": run it again before its numbers are published")
     cache.write_atomically(out / PAGE, page(contents))
     figure = picture(contents)
     figure.savefig(out / PICTURE, dpi=plots.DPI, metadata={MADE_FROM: fingerprint(contents)})
@@ -71,11 +77,10 @@ def page(contents: list[dict]) -> str:
 def chapter(content: dict, tracks: tuple[str, ...]) -> str:
     """A chapter's rows of these tracks under the machine that its speeds hold for, and its verdicts."""
     machine = f"{results.machine_of(content)}, profile {content['profile']}, {content['wall_seconds'] / 60:.0f} min"
+    said = ", ".join(filter(None, [f"**{content['chapter']}**", results.unusual(content)]))
     baseline, rows = results.rows_of(content)
     table = results.as_markdown([row for row in rows if row.track in tracks], baseline)
-    return "\n".join(
-        [f"\n**{content['chapter']}** (speeds hold for {machine})\n", *awaited(content["chapter"]), table, *verdicts(content)]
-    )
+    return "\n".join([f"\n{said} (speeds hold for {machine})\n", *awaited(content["chapter"]), table, *verdicts(content)])
 
 
 def awaited(chapter: str) -> list[str]:
@@ -91,6 +96,28 @@ def verdicts(content: dict) -> list[str]:
     cells = [[claim[name].replace("|", "\\|") for name in ("id", "verdict", "statement", "unit")] for claim in content["claims"]]
     lines = [f"| {' | '.join(line)} |" for line in cells]
     return ["\n| claim | verdict | statement | repeated over |", "|---|---|---|---|", *lines] if lines else []
+
+
+def title(name: str, content: dict) -> str:
+    """What stands above a table on the terminal: chapter or part, profile, what is unusual of model, data and seed, and the machine."""
+    parts = [name, f"profile {content['profile']}", results.unusual(content), results.machine_of(content)]
+    return ", ".join(filter(None, parts))
+
+
+def overtaken(out: Path, name: str, profile: str) -> str:
+    """That a results file is older than the last run of its name, which has not replaced it; empty where it is of that run."""
+    from utils import run as runs
+
+    def of_profile(notebook: Path) -> dict:
+        facts = runs.companion_facts(notebook)
+        return facts if (facts.get("stamp") or {}).get("profile") == profile else {}
+
+    finished, file = of_profile(out / f"{name}.ipynb"), out / "results" / profile / f"{name}.json"
+    if of_profile(out / f".{name}" / runs.WOVEN) or of_profile(out / f"{name}.failed.ipynb"):
+        return f"{name}: these results are of an earlier run, the last one has not come to its end"
+    if finished and finished.get("results_sha256") != runs.file_hash(file):
+        return f"{name}: these results are not of the run whose notebook lies in {out}"
+    return ""
 
 
 def fingerprint(contents: list[dict]) -> str:

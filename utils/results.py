@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas
 
-from utils import CompanionError, cache
+from utils import CompanionError, cache, catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = 118  # of a printed line
@@ -33,6 +33,8 @@ ENTRIES = {
     "wall_seconds": int | float,
 }
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy", "scipy")
+CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux: what containers and batch systems allow
+PARAMETER = re.compile(r'^(MODEL|DATASET|SEED) = "?([^"\s]+)', re.MULTILINE)  # in a lesson's cell of parameters
 INSTRUCTIONS = {
     "avx512_vnni": "VNNI",
     "avx512_bf16": "AVX-512 bf16",
@@ -279,9 +281,8 @@ def machine(device: object = "cpu") -> dict:
 
     capabilities = torch.cpu.get_capabilities()
     gpu = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"processor": processor(), "instructions": [name for name in INSTRUCTIONS if capabilities.get(name)],
-            "cores": cores, "gpu": gpu}  # fmt: skip
+            "cores": cores(), "gpu": gpu}  # fmt: skip
 
 
 def processor() -> str:
@@ -303,10 +304,77 @@ def machine_name(found: dict) -> str:
         return found["gpu"]
     fast = [INSTRUCTIONS[name] for name in found["instructions"]]
     fast = fast[:-1] if len(fast) > 1 and fast[-1] == "AVX2" else fast  # said only where there is nothing faster
-    cores = f"{found['cores']} core{'s' * (found['cores'] != 1)}"
+    cores = f"{found['cores']:g} core{'s' * (found['cores'] != 1)}"
     return f"{found['processor']}{' (' + ', '.join(fast) + ')' if fast else ''}, {cores}"
 
 
 def machine_of(content: dict) -> str:
     """The machine of a results file, in words; the first edition's files name a device and threads."""
     return content["provenance"]["device"]
+
+
+def unusual(content: dict) -> str:
+    """Model, data and seed of a results file, as far as they are not the usual ones of its chapter: `data my.csv, seed 2`."""
+    given, known = content["provenance"].get("parameters") or {}, usual(content["chapter"])
+    words = {"MODEL": "model", "DATASET": "data", "SEED": "seed"}
+    found = {word: str(given[name]) for name, word in words.items() if name in given and str(given[name]) != known.get(name)}
+    return ", ".join(f"{word} {value}" for word, value in found.items())
+
+
+def usual(chapter: str) -> dict[str, str]:
+    """MODEL, DATASET and SEED that a chapter's lesson begins with, as text; empty for a chapter that has no lesson."""
+    lesson = catalogue.lesson_path(chapter)
+    found = PARAMETER.findall(lesson.read_text(encoding="utf-8")) if lesson.is_file() else []
+    return dict(reversed(found))  # the first of a name
+
+
+# --- what the system allows -----------------------------------------------------------------------------------------
+
+
+def cores() -> float:
+    """Cores that this process may use: those that it may run on, or the share of time that its control groups allow, if that is less."""
+    return min([shown_cores(), *quotas()])
+
+
+def shown_cores() -> int:
+    """Cores that this process may run on, whatever share of their time it gets."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def quotas() -> list[float]:
+    """Cores' worth of time that each control group around this process allows; empty where nothing is limited."""
+    pairs = [group_values(folder, "cpu.max") or group_values(folder, "cpu.cfs_quota_us", "cpu.cfs_period_us")
+             for folder in control_groups("cpu")]  # fmt: skip
+    return [float(pair[0]) / float(pair[1]) for pair in pairs if len(pair) == 2 and all(map(str.isdigit, pair)) and int(pair[1])]
+
+
+def memory_limits() -> list[int]:
+    """Bytes that each control group around this process allows it; empty where nothing is limited."""
+    found = [group_values(folder, "memory.max") or group_values(folder, "memory.limit_in_bytes")
+             for folder in control_groups("memory")]  # fmt: skip
+    return [int(values[0]) for values in found if values and values[0].isdigit()]
+
+
+def control_groups(controller: str) -> list[Path]:
+    """Folders of the control groups around this process, the innermost first, in version 2 (no controller is named) and 1."""
+    found = []
+    for line in read_words(OWN_GROUPS):
+        _, controllers, place = (*line.split(":", 2), "", "")[:3]
+        if not controllers or controller in controllers.split(","):
+            top = CONTROL_GROUPS / controller if controllers else CONTROL_GROUPS
+            inner = top / place.strip("/")
+            found += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(top)]
+    return found
+
+
+def group_values(folder: Path, *names: str) -> list[str]:
+    """The words in a control group's files; `max` and -1 mean no limit."""
+    return [word for name in names for word in read_words(folder / name)]
+
+
+def read_words(path: Path) -> list[str]:
+    """The words of a small file; none where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError):
+        return []

@@ -31,9 +31,12 @@ from utils.catalogue import ROOT
 from utils.execute import WITH_ERRORS
 
 COMMAND_LINE = ("bench", "cli", "doctor", "execute", "prose", "report", "run")  # modules that no number of a notebook depends on
-LOOKS_AT_ALL_ROWS = re.compile(  # a section that picks rows by section or by method names its own
-    r"board\.(rows(?! if row\.(section == |method in ))|claims|close\(|verdicts\(|table\(\))"
+LOOKS_AT_ALL_ROWS = re.compile(  # a section that picks rows by section, method or label names its own
+    r"board\.(rows(?! if row\.(section == |method in |label == ))|claims|close\(|verdicts\(|table\(\))"
 )
+BUILT_IN = {"MODEL": ("embedded",), "DATASET": ("rotten_tomatoes", "imdb")}  # names that need no file and no hub
+WOVEN = "woven.ipynb"
+DIFFERENT = {"MODEL": "another model", "DATASET": "other data", "SEED": "another seed"}
 GRACE = 5.0  # seconds that a child has to end after it was told to
 NO_ROWS = {
     "rows": [],
@@ -106,7 +109,8 @@ def run_all(names: list[str], request: Request, jobs: int = 1, on_progress: Call
             stop: Stop | None = None) -> list[Outcome]:  # fmt: skip
     """Run chapters, `jobs` at a time, until done or stopped. A failed chapter does not stop the others.
 
-    Raises CompanionError, before any chapter starts, where another run has one of the outputs.
+    Raises CompanionError, before any chapter starts, where another run has one of the outputs, or where one holds a run of another
+    model, data or seed.
     """
     stop = stop or Stop()
 
@@ -117,16 +121,24 @@ def run_all(names: list[str], request: Request, jobs: int = 1, on_progress: Call
             return run_chapter(name, request, lambda what: on_progress(name, what), stop)
         except (CompanionError, OSError) as error:
             run_name = request.name(name)
-            return Outcome(name, run_name, request.out / f"{run_name}.ipynb", ok=False, message=str(error))
+            return Outcome(name, run_name, request.out / f"{run_name}.ipynb", ok=False, message=in_words(error))
 
     with contextlib.ExitStack() as outputs:
         for name in names:
             outputs.enter_context(exclusive(request.out, request.name(name)))
+            refuse_another(request, name)
         with ThreadPoolExecutor(jobs) as pool:
             futures = [pool.submit(one, name) for name in names]
             while wait(futures, timeout=0.2).not_done:  # short waits: the main thread must see signals
                 pass
         return [future.result() for future in futures if future.result()]
+
+
+def in_words(error: Exception) -> str:
+    """One line on an error: of what the system refuses the reason, and the file where one is named."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
 
 
 @contextlib.contextmanager
@@ -164,14 +176,21 @@ def run_chapter(chapter: str, request: Request, on_progress: Progress = lambda w
     if request.resume and not folder.exists():
         begin_from_finished(final, results_file(request, name), folder)
     done = finished_sections(folder, stamp, notebook) if request.resume else []
+    in_vain = request.resume and not done and (folder.exists() or final.exists())
+    held = (companion_facts(final).get("stamp") or {}).get("profile", request.profile)
     notebook.metadata["companion"].update(stamp=stamp, section_keys=section_keys(notebook))
     order = prepare(notebook, request, folder, done)
     keys = [section.key for section in notebooks.sections(notebook)]
     tell = with_time_left(on_progress, request, chapter, keys)
     if done:
         tell(f"going on after {len(done)} finished sections")
+    if in_vain:
+        tell("no section of the earlier run can be kept: all run again")
+    if held != request.profile:
+        tell(f"the notebook of profile {held} will be replaced, its results stay")
+    before = version_of(results_file(request, name))
     status = watch_child(order, child_environment(request, name, folder, done, keys), folder, tell, stop)
-    return conclude(chapter, request, folder, status, stop)
+    return conclude(chapter, request, folder, status, stop, written=version_of(results_file(request, name)) not in (None, before))
 
 
 # --- what a run is made from ----------------------------------------------------------------------------------------
@@ -179,9 +198,32 @@ def run_chapter(chapter: str, request: Request, on_progress: Progress = lambda w
 
 def make_stamp(request: Request) -> dict:
     """Everything but code that decides a run's numbers: two runs with one stamp and equal section keys give the same rows."""
-    content = {name: content_key(request.parameters.get(name)) for name in ("MODEL", "DATASET")}
+    content = {name: content_key(request.parameters.get(name), known) for name, known in BUILT_IN.items()}
     return {"profile": request.profile, "parameters": {**request.parameters, **content}, "sections": list(request.sections),
             "track": request.track, "machine": results.processor()}  # fmt: skip
+
+
+def refuse_another(request: Request, chapter: str) -> None:
+    """Raise CompanionError where an output holds a run of another model, data or seed: this run would put its own in that one's place."""
+    name, asked = request.name(chapter), request.parameters
+    final, written = request.out / f"{name}.ipynb", results_file(request, name)
+    for place in (final, request.out / f".{name}" / WOVEN) if request.resume else (final,):
+        stamp = companion_facts(place).get("stamp")
+        if stamp:
+            refuse_differing(place, stamp.get("parameters", {}), make_stamp(request)["parameters"], chapter)
+    if not final.exists() and written.exists():
+        with contextlib.suppress(CompanionError):  # a file that nobody can read is no loss
+            asked = results.read(written)["provenance"].get("parameters") or asked
+        refuse_differing(written, asked, request.parameters, chapter)
+
+
+def refuse_differing(place: Path, before: dict, now: dict, chapter: str) -> None:
+    """Raise CompanionError where two runs' parameters name another model, other data or another seed."""
+    usual = results.usual(chapter)
+    given = [{**usual, **{name: str(value) for name, value in one.items() if value != "default"}} for one in (before, now)]
+    wrong = [text for name, text in DIFFERENT.items() if given[0].get(name) != given[1].get(name)]
+    if wrong:
+        raise CompanionError(f"{place} is of {' and '.join(wrong)}: give another --out, or remove it")
 
 
 def section_keys(notebook: nbformat.NotebookNode) -> dict[str, str]:
@@ -245,9 +287,9 @@ def without_docstrings(source: str) -> str:
     return ast.dump(tree)
 
 
-def content_key(name: str | None) -> str:
+def content_key(name: str | None, built_in: tuple[str, ...] = ()) -> str:
     """A local file's or folder's content as a hash. A hub name stands for itself, an embedded source for the hash pinned in the code."""
-    place = Path(name) if name else None
+    place = Path(name) if name and name not in built_in else None
     if place is None or not place.exists():
         return name or "default"
     files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
@@ -262,6 +304,15 @@ def content_key(name: str | None) -> str:
 def results_file(request: Request, name: str) -> Path:
     """Where the board of this run writes."""
     return request.out / "results" / request.profile / f"{name}.json"
+
+
+def version_of(path: Path) -> tuple | None:
+    """What changes whenever a file is written; None where it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def file_hash(path: Path) -> str | None:
@@ -344,9 +395,9 @@ def prepare(notebook: nbformat.NotebookNode, request: Request, folder: Path, don
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         (folder / "rows.json").write_text(json.dumps(NO_ROWS))
-    nbformat.write(notebook, folder / "woven.ipynb")
+    nbformat.write(notebook, folder / WOVEN)
     (folder / "progress").write_text("")
-    files = {"woven": "woven.ipynb", "partial": "partial.ipynb", "progress": "progress"}
+    files = {"woven": WOVEN, "partial": "partial.ipynb", "progress": "progress"}
     order = {**{what: str((folder / file).resolve()) for what, file in files.items()}, "parameters": request.parameters,
              "finished": done, "cwd": str(notebooks.NOTEBOOKS)}  # fmt: skip
     (folder / "order.json").write_text(json.dumps(order))
@@ -354,11 +405,32 @@ def prepare(notebook: nbformat.NotebookNode, request: Request, folder: Path, don
 
 
 def child_environment(request: Request, name: str, folder: Path, done: list[str], sections: list[str]) -> dict[str, str]:
-    """What the kernel must know: where results, rows and progress go. Only our own package is on the path, not the current folder."""
-    return {**os.environ, "COMPANION_OUT": str(request.out.resolve()), "COMPANION_PROFILE": request.profile, "COMPANION_NAME": name,
+    """What the kernel must know: where results, rows and progress go. Only our own package is on the path, not the current folder, and
+    the user's own IPython start-up files stay outside."""
+    return {**os.environ, **threads(), **without_hub(request), "IPYTHONDIR": str((folder / "ipython").resolve()),
+            "COMPANION_OUT": str(request.out.resolve()), "COMPANION_PROFILE": request.profile, "COMPANION_NAME": name,
             "COMPANION_PROGRESS": str((folder / "progress").resolve()), "COMPANION_JOURNAL": str((folder / "rows.json").resolve()),
             "COMPANION_FINISHED": json.dumps(done),
             "COMPANION_SECTIONS": json.dumps(sections), "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}  # fmt: skip
+
+
+def threads() -> dict[str, str]:
+    """Where a quota allows fewer cores than there are, as many threads as it allows: two that share half a core are slower than one."""
+    allowed = results.cores()
+    if "OMP_NUM_THREADS" in os.environ or allowed >= results.shown_cores():
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, int(allowed)))}
+
+
+def without_hub(request: Request) -> dict[str, str]:
+    """A run of what is built in or local asks no hub for anything."""
+    local = all(at_hand(request.parameters.get(name), known) for name, known in BUILT_IN.items())
+    return {"HF_HUB_OFFLINE": "1"} if local else {}
+
+
+def at_hand(name: str | None, built_in: tuple[str, ...]) -> bool:
+    """Whether a model or data set needs no hub: it is the usual one, built in, or a local file or folder."""
+    return name is None or name in built_in or Path(name).exists()
 
 
 def watch_child(order: Path, environment: dict, folder: Path, tell: Progress, stop: Stop) -> int:
@@ -390,16 +462,17 @@ def pass_on(progress: Path, told: list[str], tell: Progress) -> None:
         told.append(line)
 
 
-def conclude(chapter: str, request: Request, folder: Path, status: int, stop: Stop) -> Outcome:
-    """Put the executed notebook under its name, or say why there is none and what was kept."""
+def conclude(chapter: str, request: Request, folder: Path, status: int, stop: Stop, written: bool) -> Outcome:
+    """Put the executed notebook under its name, or say why there is none and what was kept. `written`: whether the run left results."""
     name = request.name(chapter)
     partial, final, failed = folder / "partial.ipynb", request.out / f"{name}.ipynb", request.out / f"{name}.failed.ipynb"
     facts = companion_facts(partial)
     errors = "; ".join(f"section {error['section']}: {error['error']}" for error in facts.get("errors", []))
     if status in (0, WITH_ERRORS):
-        tidy(partial, final, file_hash(results_file(request, name)))
+        tidy(partial, final, file_hash(results_file(request, name)) if written else None)
         clear_up(folder, failed)
-        return Outcome(chapter, name, final, ok=status == 0, message=errors)
+        lacking = [] if written else ["it wrote no results"]
+        return Outcome(chapter, name, final, ok=status == 0 and written, message="; ".join([*filter(None, [errors]), *lacking]))
     if errors and facts["finished"] == []:  # the opening raised: there is nothing to go on from
         os.replace(partial, failed)
         shutil.rmtree(folder, ignore_errors=True)

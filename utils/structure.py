@@ -64,10 +64,7 @@ def remove_heads(model: nn.Module, keep: Keep) -> None:
         for projection in (attention.self.query, attention.self.key, attention.self.value):
             take(projection, index, dim=0)
         take(attention.output.dense, index, dim=1)
-        attention.self.num_attention_heads = len(heads)
-        attention.self.all_head_size = len(index)
-        if not len(heads):
-            attention.self.__class__ = NoHeads  # the same module with another forward: hooks and names survive
+        _set_heads(attention.self, len(heads))
 
 
 def remove_layers(model: nn.Module, keep: list[int]) -> None:
@@ -91,9 +88,12 @@ def describe(model: nn.Module) -> list[dict[str, int]]:
 def describe_shapes(shapes: dict[str, tuple[int, ...]], head_size: int, heads: int, neurons: int) -> list[dict[str, int]]:
     """What `describe` would say, read off the shapes of a state dict (artifacts of the first format say no more).
 
-    `heads` and `neurons` hold where a matrix is missing. Raises ValueError for query rows that make no whole heads.
+    `heads` and `neurons` hold where a matrix is missing. Raises ValueError for query rows that make no whole heads, and for layers
+    that are left out.
     """
-    layers = range(1 + max((int(match[1]) for name in shapes if (match := LAYER_NAME.match(name))), default=-1))
+    layers = sorted({int(match[1]) for name in shapes if (match := LAYER_NAME.match(name))})
+    if layers != list(range(len(layers))):
+        raise ValueError(f"layers 0 to {layers[-1]} are not all there")
     found = []
     for number in layers:
         prefix = f"bert.encoder.layer.{number}"
@@ -108,14 +108,39 @@ def describe_shapes(shapes: dict[str, tuple[int, ...]], head_size: int, heads: i
 def cut_to(model: nn.Module, described: list[dict[str, int]]) -> None:
     """Shrink a freshly built BERT in place to a described structure; its weights mean nothing afterwards: load the stored ones.
 
-    Raises ValueError where the description asks for more than the model has.
+    Works without memory, on the meta device, too. Raises ValueError where the description asks for more than the model has.
     """
     remove_layers(model, list(range(len(described))))
     for number, (layer, sizes) in enumerate(zip(model.bert.encoder.layer, described, strict=True)):
-        if sizes["neurons"] != layer.intermediate.dense.out_features:
-            remove_neurons(model, {number: torch.arange(sizes["neurons"])})
-        if sizes["heads"] != layer.attention.self.num_attention_heads:
-            remove_heads(model, {number: torch.arange(sizes["heads"])})
+        attention, neurons = layer.attention.self, layer.intermediate.dense.out_features
+        for what, asked, most in (("neuron", sizes["neurons"], neurons), ("head", sizes["heads"], attention.num_attention_heads)):
+            if not 0 <= asked <= most:
+                raise ValueError(f"layer {number}: {what} indices must lie in 0..{most - 1}, got {asked} of them")
+        if sizes["neurons"] != neurons:
+            _narrow_linear(layer.intermediate.dense, sizes["neurons"], dim=0)
+            _narrow_linear(layer.output.dense, sizes["neurons"], dim=1)
+        if sizes["heads"] != attention.num_attention_heads:
+            width = sizes["heads"] * attention.attention_head_size
+            for projection in (attention.query, attention.key, attention.value):
+                _narrow_linear(projection, width, dim=0)
+            _narrow_linear(layer.attention.output.dense, width, dim=1)
+            _set_heads(attention, sizes["heads"])
+
+
+def _narrow_linear(linear: nn.Linear, size: int, dim: int) -> None:
+    """The first `size` outputs (`dim=0`) or inputs (`dim=1`): `take` without indices, which the meta device could not look at."""
+    linear.weight = nn.Parameter(linear.weight.detach().narrow(dim, 0, size).clone())
+    if dim == 0 and linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach()[:size].clone())
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _set_heads(attention: nn.Module, heads: int) -> None:
+    """Write down how many heads are left."""
+    attention.num_attention_heads = heads
+    attention.all_head_size = heads * attention.attention_head_size
+    if not heads:
+        attention.__class__ = NoHeads  # the same module with another forward: hooks and names survive
 
 
 def tie(model: nn.Module, path: str, to: str) -> None:

@@ -1,7 +1,9 @@
 """The command answers wrong arguments in one line, and right ones with what they promise."""
 
 import errno
+import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from utils import CompanionError, cli, notebooks, prose, report, results
+from utils import CompanionError, cli, hub, notebooks, prose, report, results
 from utils import run as runs
 from utils.catalogue import ROOT
 from utils.results import Row
@@ -53,6 +55,8 @@ def no_work(monkeypatch):
         (("run", "00", "--track", "short"), "unknown track 'short'"),
         (("run", "00", "--section", "77"), "no section 77"),
         (("run", "00", "--out", "README.md"), "README.md is a file"),
+        (("run", "00", "--out", "README.md/x[/]"), "cannot write to README.md/x[/]"),
+        (("run", "00", "--out", "x" * 300), "File name too long"),
         (("report", "--out", "nowhere"), "no results of profile 'cpu' under nowhere"),
         (("report", "--out", "notebooks", "--against", "no-such-revision"), "no revision 'no-such-revision'"),
         (("report", "--out", "nowhere", "--readme"), "no results of profile full or cpu"),
@@ -68,7 +72,7 @@ def test_wrong_arguments_are_one_clear_line(companion, monkeypatch, arguments, m
     assert said.startswith("error: ") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+@pytest.mark.parametrize("seed", ["-1", str(2**32), "x[/]"])
 def test_a_seed_that_numpy_would_refuse_is_refused_at_once(companion, no_work, seed):
     status, _, said = companion("run", "00", "--seed", seed)
     assert status == 2 and "--seed" in said and no_work == []
@@ -76,7 +80,7 @@ def test_a_seed_that_numpy_would_refuse_is_refused_at_once(companion, no_work, s
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--dataset", "no/such-data"), "neither built in"), (("--model", "no/such-model"), "could not be loaded")],
+    [(("--dataset", "no/such-data"), "no/such-data"), (("--model", "no/such-model"), "model 'no/such-model'")],
 )
 def test_data_and_models_that_are_not_there(arguments, message):
     command = [sys.executable, "-m", "utils.cli", "run", "00", *arguments]
@@ -91,6 +95,31 @@ def test_cuda_asked_for_and_absent(companion, monkeypatch, arguments):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, _, said = companion("run", "00", *arguments)
     assert status == 2 and "sees no CUDA GPU" in said
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(companion, no_work, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.delenv("HF_HUB_OFFLINE")  # and gone again afterwards
+    monkeypatch.setattr(hub, "answers", lambda: False)
+    companion("run", "00", "--dataset", "imdb")
+    assert "HF_HUB_OFFLINE" not in os.environ  # nothing of it comes from a hub
+    _, _, said = companion("run", "00", "--dataset", "glue/sst2")
+    assert os.environ["HF_HUB_OFFLINE"] == "1" and said.startswith("note: the hub does not answer") and len(no_work) == 2
+
+
+# --- other packages and files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("foreign", ["utils/__init__.py", "utils/readme.txt", "utils.py"])
+def test_the_command_finds_its_own_package_whatever_lies_on_the_path(tmp_path, foreign):
+    path, here, script = tmp_path / "path", tmp_path / "here", tmp_path / "companion"
+    (path / foreign).parent.mkdir(parents=True), here.mkdir()
+    (path / foreign).write_text("raise ImportError('another package')\n")
+    (here / "random.py").write_text("raise ImportError('a file of the current folder')\n")
+    script.write_text("from bert_compression_companion import main\nmain()\n")  # as pip writes it
+    environment = {**os.environ, "PYTHONPATH": f"{path}::{ROOT}"}  # an empty entry means the current folder
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=here, env=environment)
+    assert done.returncode == 0 and "catalogue" in done.stdout, done.stderr
 
 
 # --- what goes wrong later ------------------------------------------------------------------------------------------
@@ -169,6 +198,26 @@ def test_what_is_usual_is_no_parameter_and_local_data_have_a_full_path(companion
     assert request.parameters == {"DATASET": str(tmp_path.resolve() / "my.csv")} and request.sections == ()
 
 
+def test_a_tilde_that_the_shell_left_is_the_home_folder(companion, no_work, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.csv").write_text("text,label\n")
+    companion("run", "00", "--dataset=~/my.csv", "--out=~/runs")
+    ((_, request, _),) = no_work
+    assert request.out == tmp_path / "runs" and request.parameters == {"DATASET": str(tmp_path.resolve() / "my.csv")}
+    assert cli.expanded("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+
+
+@pytest.mark.parametrize(("option", "name"), [("--dataset", "imdb"), ("--dataset", "rotten_tomatoes"), ("--model", "embedded")])
+def test_what_is_built_in_is_not_mistaken_for_a_folder_of_its_name(companion, no_work, tmp_path, monkeypatch, option, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    _, _, said = companion("run", "00", option, name)
+    assert f"note: {name} is the built-in one; ./{name} names" in said
+    companion("run", "00", option, f"./{name}")
+    built_in, local = (request.parameters.get(option.removeprefix("--").upper(), name) for _, request, _ in no_work)
+    assert (built_in, local) == (name, str(tmp_path.resolve() / name))
+
+
 def test_a_data_set_that_is_asked_for_is_passed_on_whichever_it_is(companion, no_work):
     companion("run", "00", "--dataset", "rotten_tomatoes")  # in chapter 06 it is not the usual one
     assert no_work[0][1].parameters == {"DATASET": "rotten_tomatoes"}
@@ -207,6 +256,50 @@ def test_report_shows_rows_and_verdicts_as_they_are_written(companion, out):
     status, said, _ = companion("report", "--out", str(out))
     assert status == 0 and said.count("heads by [/]") == 2 and "of a section" not in said
     assert "01_pruning, profile cpu, AMD [EPYC], 2 cores" in said and "faster [sic]" in said and "drop [95 %]" in said
+
+
+def test_a_terminal_that_lacks_a_sign_shows_a_question_mark(tmp_path, monkeypatch):
+    results.write(tmp_path / "results" / "cpu" / "01_pruning.json", content("01_pruning", "2 × 4 → ü"))
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["companion", "report", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    sys.stdout.flush()
+    assert not ended.value.code and b"2 ? 4 ? ?" in written.getvalue()
+
+
+def test_report_names_model_data_and_seed_where_they_are_not_the_usual_ones(companion, tmp_path):
+    known = {"MODEL": "embedded", "DATASET": "rotten_tomatoes", "SEED": 0, "DEVICE": "cpu"}
+    other = {"MODEL": "org/bert", "DATASET": "my[b].csv", "SEED": 2, "DEVICE": "cpu"}
+    for name, parameters in (("00_bert_baseline", known), ("01_pruning", other), ("06_subquadratic_transformers", known)):
+        found = content(name)
+        found["provenance"] |= {"device": "x", "parameters": parameters}
+        results.write(tmp_path / "results" / "cpu" / f"{name}.json", found)
+    _, said, _ = companion("report", "--out", str(tmp_path))
+    assert re.search(r"^ *00_bert_baseline, profile cpu, x *$", said, re.MULTILINE)
+    assert "01_pruning, profile cpu, model org/bert, data my[b].csv, seed 2, x" in said
+    assert "06_subquadratic_transformers, profile cpu, data rotten_tomatoes, x" in said
+
+
+@pytest.mark.parametrize("left", [".01_pruning/woven.ipynb", "01_pruning.failed.ipynb"])
+def test_report_says_where_the_last_run_did_not_come_to_its_end(companion, out, left):
+    assert "earlier run" not in companion("report", "--out", str(out))[1]
+    (out / left).parent.mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(metadata={"companion": {"stamp": {"profile": "cpu"}}}), out / left)
+    _, said, _ = companion("report", "--out", str(out))
+    assert said.count("note:") == 1 and "note: 01_pruning: these results are of an earlier run" in said
+    assert "earlier run" not in companion("report", "--out", str(out), "--profile", "full")[1]
+
+
+def test_what_a_later_run_did_not_replace_is_not_published(companion, out, tmp_path, monkeypatch):
+    (out / "01_pruning.failed.ipynb").write_text("")
+    nbformat.write(
+        nbformat.v4.new_notebook(metadata={"companion": {"stamp": {"profile": "full"}}}), out / "01_pruning.failed.ipynb"
+    )
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    status, _, said = companion("report", "--out", str(out), "--readme")
+    assert status == 2 and "01_pruning: these results are of an earlier run" in said and not (tmp_path / "README.md").exists()
 
 
 def test_a_part_of_a_chapter_is_shown_after_its_run(out, capsys):

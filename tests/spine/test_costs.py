@@ -138,3 +138,25 @@ def test_energy_meter_reports_something_positive_even_if_stopped_at_once():
     meter = costs.EnergyMeter()
     found = meter.stop()
     assert found["energy_kwh_estimate"] >= 0 and found["mean_watts_estimate"] >= 0
+
+
+def test_a_users_own_settings_of_the_meter_do_not_reach_it(tmp_path, monkeypatch):
+    (tmp_path / ".codecarbon.config").write_text(
+        "[codecarbon]\noutput_dir = /no/such/folder\nsave_to_file = true\nlog_level = 7\n"
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CODECARBON_OUTPUT_DIR", "/no/such/folder")
+    monkeypatch.chdir(tmp_path)
+    meter = costs.EnergyMeter()
+    assert meter.stop()["energy_kwh_estimate"] is not None
+    assert meter.tracker._external_conf == {}
+
+
+def test_a_meter_that_does_not_start_costs_nothing_but_its_estimate(monkeypatch):
+    import codecarbon
+
+    def broken(**options):
+        raise AttributeError("no sensors")
+
+    monkeypatch.setattr(codecarbon, "OfflineEmissionsTracker", broken)
+    assert costs.EnergyMeter().stop() == {"energy_kwh_estimate": None, "mean_watts_estimate": None}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from jupyter_client.kernelspec import KernelSpecManager
 
-from utils import bench, cli, costs, doctor, profiles, results, training
+from utils import CompanionError, bench, cli, costs, doctor, profiles, results, training
 from utils.doctor import Check
 
 
@@ -24,9 +24,8 @@ def states(checks: list[Check]) -> dict[str, str]:
 def test_a_healthy_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("COMPANION_CACHE", str(tmp_path))
     found = {name: (state, what) for name, state, what, _ in doctor.checks()}
-    assert {"torch", "transformers", "embedded model", "embedded data", "CUDA GPU", "Jupyter kernel", "cache folder"} <= set(
-        found
-    )
+    assert set(found) >= {"torch", "transformers", "Python", "package utils", "embedded model", "embedded data", "cores", "CUDA GPU",
+                          "bfloat16", "memory", "Jupyter kernel", "cache folder", "results", "temporary folder"}  # fmt: skip
     assert [name for name, (state, _) in found.items() if state == "missing"] == []
     assert found["processor"] == ("ok", results.machine_name(results.machine()))
     assert str(tmp_path) in found["cache folder"][1]
@@ -44,6 +43,102 @@ def test_whatever_a_probe_raises_becomes_a_row(error, said):
         raise error
 
     assert doctor._check("x", probe) == ("x", "missing", said, "make setup")
+
+
+def test_a_message_for_users_says_itself_what_to_do():
+    def probe() -> tuple:
+        raise CompanionError("no cache: set COMPANION_CACHE")
+
+    assert doctor._check("cache folder", probe) == ("cache folder", "missing", "no cache: set COMPANION_CACHE", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "advice"),
+    [
+        ("Jupyter kernel", RuntimeError("Could not determine home directory."), "set HOME"),
+        ("cache folder", PermissionError("no"), "set COMPANION_CACHE"),
+        ("temporary folder", FileNotFoundError("No usable temporary directory found"), "set TMPDIR"),
+    ],
+)
+def test_nobody_is_told_to_set_up_again_where_that_is_no_help(name, error, advice):
+    def probe() -> tuple:
+        raise error
+
+    assert doctor._check(name, probe) == (name, "missing", str(error), advice)
+
+
+@pytest.mark.parametrize(
+    ("version", "state"), [((3, 10, 9), "missing"), ((3, 11, 0), "ok"), ((3, 12, 4), "ok"), ((3, 13, 0), "missing")]
+)
+def test_which_python_will_do(monkeypatch, version, state):
+    monkeypatch.setattr(doctor.sys, "version_info", version)
+    assert doctor._python()[:2] == (state, ".".join(map(str, version)))
+
+
+@pytest.mark.parametrize("foreign", ["utils/__init__.py", "utils/data.csv", "utils.py"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_another_package_of_our_name_is_told(monkeypatch, tmp_path, foreign, beside):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+    assert doctor._package()[0] == "ok"
+    folder = tmp_path if beside else tmp_path / "path"
+    (folder / foreign).parent.mkdir(parents=True, exist_ok=True)
+    (folder / foreign).write_text("")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'path'}{os.pathsep}")
+    state, said, advice = doctor._package()
+    assert state == "optional" and str(folder / "utils") in said and "rename" in advice
+    monkeypatch.chdir(results.ROOT)
+    monkeypatch.delenv("PYTHONPATH")
+    assert doctor._package() == ("ok", str(results.ROOT / "utils"), "")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "shown", "said", "advice"),
+    [
+        (2, 2, "2", ""),
+        (0.5, 2, "a quota allows 0.5 of 2 cores", "4-fold time; runs take 1 thread;"),
+        (2.5, 4, "a quota allows 2.5 of 4 cores", "OMP_NUM_THREADS=2"),
+    ],
+)
+def test_a_quota_is_told_with_what_it_means(monkeypatch, allowed, shown, said, advice):
+    monkeypatch.setattr(results, "cores", lambda: allowed)
+    monkeypatch.setattr(results, "shown_cores", lambda: shown)
+    state, found, to_do = doctor._cores()
+    assert (state, found) == ("ok" if allowed == shown else "optional", said) and advice in to_do
+
+
+def test_little_memory_is_told(monkeypatch):
+    monkeypatch.setattr(results, "memory_limits", lambda: [2_000_000_000])
+    assert doctor._memory()[:2] == ("optional", "2.0 GB")
+    monkeypatch.setattr(doctor.os, "sysconf_names", {})  # Windows
+    monkeypatch.delattr(doctor.os, "sysconf")
+    assert doctor._memory() == ("ok", "unknown", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "advice"),
+    [
+        ("cache folder", "missing", "free 2 GB, or set COMPANION_CACHE"),
+        ("temporary folder", "missing", "free 1 GB, or set TMPDIR"),
+        ("results", "optional", "free 0.1 GB, or name another folder with --out"),
+    ],
+)
+def test_a_full_or_closed_disk_is_told(monkeypatch, tmp_path, name, state, advice):
+    assert doctor._space(name, tmp_path)[0] == "ok"
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5e7))
+        assert doctor._space(name, tmp_path) == (state, f"{tmp_path} (0.1 GB free)", advice)
+    monkeypatch.setattr(doctor.os, "access", lambda *arguments: False)
+    assert doctor._space(name, tmp_path) == (state, f"{tmp_path} cannot be written", doctor.MOVED_BY[name])
+
+
+@pytest.mark.parametrize(
+    ("native", "state", "said"), [(True, "ok", "minutes in the README hold"), (False, "optional", "two to three times")]
+)
+def test_bfloat16_is_told_with_what_it_means_for_the_minutes(monkeypatch, native, state, said):
+    monkeypatch.setattr(profiles, "compute_dtype", lambda device: torch.bfloat16 if native else torch.float32)
+    found = doctor._bfloat16()
+    assert found[0] == state and said in " ".join(found)
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch):

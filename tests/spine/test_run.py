@@ -1,9 +1,11 @@
 """Chapters are executed section by section, survive what ends them, and leave no process behind."""
 
 import contextlib
+import errno
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import nbformat
 import psutil
 import pytest
 
-from utils import CompanionError, notebooks, run
+from utils import CompanionError, bert, notebooks, report, results, run, tasks
 
 CELL = "```{{code-cell}} python\n:tags: [{tags}]\n{source}\n```\n\n"
 OPENING = '''import json, os, random, time
@@ -113,6 +115,7 @@ def chapter(tmp_path, monkeypatch):
         ("board.table('P-01')", False),
         ("[row for row in board.rows if row.section == '2']", False),
         ("[row for row in board.rows if row.method in ('P-01',)]", False),
+        ("[row for row in board.rows if row.label == BLOCKS]", False),
         ("[row for row in board.rows if not row.simulated]", True),
         ("[row for row in board.rows if row.method == 'control']", True),
     ],
@@ -317,6 +320,142 @@ def test_an_output_that_cannot_be_written_is_one_clear_line(chapter, tmp_path):
         execute(tmp_path / "file" / "out")
 
 
+@pytest.mark.parametrize("name", ["a {b} [c]", "ä % é 'x' \"y\"", "-x"])
+def test_an_output_may_have_any_name(chapter, tmp_path, name):
+    assert execute(tmp_path / name).ok
+    assert rows(tmp_path / name) == expected() and visible(tmp_path / name) == {"one.ipynb"}
+
+
+def test_a_run_of_other_data_or_another_seed_is_not_replaced(chapter, tmp_path):
+    data, other = tmp_path / "data.csv", tmp_path / "other.csv"
+    data.write_text("text,label\n"), other.write_text("text,label\nfine,1\n")
+    out = tmp_path / "out"
+    assert execute(out, parameters={"DATASET": str(data), "SEED": 1}).ok
+    for change, said in (({"DATASET": str(other)}, "other data"), ({"SEED": 2}, "another seed"), ({"MODEL": "x/y"}, "another model"),
+                         ({"DATASET": str(other), "SEED": 2}, "other data and another seed")):  # fmt: skip
+        with pytest.raises(CompanionError, match=rf"one.ipynb is of {said}: give another --out"):
+            execute(out, parameters={"DATASET": str(data), "SEED": 1, **change})
+    assert rows(out) == expected(seed=1) and visible(out) == {"one.ipynb"}
+    other.write_text(data.read_text())
+    assert execute(out, parameters={"DATASET": str(other), "SEED": 1}).ok  # the same data under another name
+
+
+def test_a_notebook_of_another_profile_is_replaced_with_a_word(chapter, tmp_path):
+    assert execute(tmp_path).ok
+    lines, request = [], run.Request(tmp_path, "full", {"PROFILE": "full"})
+    (outcome,) = run.run_all(["one"], request, on_progress=lambda name, what: lines.append(what))
+    assert outcome.ok and lines[0].startswith("the notebook of profile smoke will be replaced, its results stay")
+    assert rows(tmp_path) == expected() and report.overtaken(tmp_path, "one", "smoke") == ""
+
+
+def test_an_interrupted_run_of_other_data_is_not_gone_on_with(chapter, tmp_path):
+    woven = notebooks.weave("one")
+    woven.metadata["companion"]["stamp"] = run.make_stamp(run.Request(tmp_path, "smoke", {"PROFILE": "smoke", "SEED": 1}))
+    (tmp_path / ".one").mkdir()
+    nbformat.write(woven, tmp_path / ".one" / run.WOVEN)
+    with pytest.raises(CompanionError, match="is of another seed"):
+        execute(tmp_path, resume=True)
+    assert (tmp_path / ".one" / run.WOVEN).exists()
+    assert execute(tmp_path).ok and rows(tmp_path) == expected()  # who does not go on begins anew
+
+
+@pytest.mark.parametrize(
+    ("chapter_name", "held", "asked", "fits"),
+    [
+        ("01_pruning", {}, {}, True),
+        ("01_pruning", {}, {"DATASET": "rotten_tomatoes"}, True),
+        ("01_pruning", {"DATASET": "imdb"}, {}, False),
+        ("06_subquadratic_transformers", {"DATASET": "imdb"}, {}, True),
+        ("06_subquadratic_transformers", {}, {}, False),
+        ("01_pruning", {"MODEL": "org/bert"}, {"MODEL": "org/bert"}, True),
+        ("01_pruning", {"SEED": 1}, {}, False),
+    ],
+)
+def test_results_whose_notebook_is_gone_are_not_replaced_either(tmp_path, chapter_name, held, asked, fits):
+    request = run.Request(tmp_path, "cpu", asked)
+    parameters = {"MODEL": "embedded", "DATASET": "rotten_tomatoes", "SEED": 0, "DEVICE": "cpu", **held}
+    kept = {"chapter": chapter_name, "profile": "cpu", "provenance": {"device": "x", "parameters": parameters}, "baseline": {},
+            "rows": [], "claims": [], "wall_seconds": 1}  # fmt: skip
+    results.write(run.results_file(request, chapter_name), kept)
+    with contextlib.nullcontext() if fits else pytest.raises(CompanionError, match="give another --out"):
+        run.refuse_another(request, chapter_name)
+    run.results_file(request, chapter_name).write_text("{")
+    run.refuse_another(request, chapter_name)  # what nobody can read is no loss
+
+
+def test_results_that_a_run_did_not_write_are_not_taken_for_its_own(chapter, tmp_path):
+    assert execute(tmp_path).ok and report.overtaken(tmp_path, "one", "smoke") == ""
+    chapter.write_text(lesson().replace("board.close()", "1 / 0"))
+    outcome = execute(tmp_path)
+    assert not outcome.ok and outcome.message.endswith("ZeroDivisionError: division by zero; it wrote no results")
+    assert run.companion_facts(tmp_path / "one.ipynb")["results_sha256"] is None and rows(tmp_path) == expected()
+    assert "not of the run whose notebook" in report.overtaken(tmp_path, "one", "smoke")
+    chapter.write_text(lesson())
+    assert not execute(tmp_path, resume=True).skipped and report.overtaken(tmp_path, "one", "smoke") == ""
+
+
+@pytest.mark.parametrize("ending", ["import nothing_of_this_name", "os._exit(1)"])
+def test_the_results_of_the_run_before_a_failed_one_are_told_to_be_of_it(chapter, tmp_path, ending):
+    assert execute(tmp_path).ok
+    chapter.write_text(lesson(opening=OPENING + "\n" + ending))
+    assert not execute(tmp_path).ok
+    assert "of an earlier run, the last one has not come to its end" in report.overtaken(tmp_path, "one", "smoke")
+    assert report.overtaken(tmp_path, "one", "cpu") == ""  # another profile's results are of no such run
+
+
+def test_what_somebody_damaged_or_removed_is_run_again_and_said(chapter, tmp_path):
+    assert execute(tmp_path).ok
+    written, final = tmp_path / "results" / "smoke" / "one.json", tmp_path / "one.ipynb"
+    damages = (written.unlink, lambda: written.write_text("[]"), lambda: final.write_text('{"cells": [], "metadata": []}'))
+    for number, damage in enumerate(damages, 2):
+        damage()
+        lines = []
+        request = run.Request(tmp_path, "smoke", {"PROFILE": "smoke"}, resume=True)
+        (outcome,) = run.run_all(["one"], request, on_progress=lambda name, what, lines=lines: lines.append(what))
+        assert outcome.ok and not outcome.skipped and rows(tmp_path) == expected()
+        assert executed(tmp_path) == [*SECTIONS] * number and any("all run again" in line for line in lines)
+
+
+def test_the_user_s_kernels_and_start_up_files_are_left_alone(chapter, tmp_path, monkeypatch):
+    kernel, startup = tmp_path / "jupyter" / "kernels" / "python3", tmp_path / "ipython" / "profile_default" / "startup"
+    kernel.mkdir(parents=True), startup.mkdir(parents=True)
+    spec = {
+        "argv": ["/nowhere/python", "-f", "{connection_file}"],
+        "display_name": "of another environment",
+        "language": "python",
+    }
+    (kernel / "kernel.json").write_text(json.dumps(spec))
+    (startup / "own.py").write_text("import random\nrandom.random = lambda: 0.5")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    assert execute(tmp_path / "out").ok and rows(tmp_path / "out") == expected()
+
+
+def test_as_many_threads_as_a_quota_allows(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(results, "shown_cores", lambda: 4)
+    for allowed, threads in ((0.5, {"OMP_NUM_THREADS": "1"}), (2.5, {"OMP_NUM_THREADS": "2"}), (4, {})):
+        monkeypatch.setattr(results, "cores", lambda allowed=allowed: allowed)
+        assert run.threads() == threads
+    monkeypatch.setattr(results, "cores", lambda: 0.5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # who sets it knows why
+    assert run.threads() == {}
+
+
+def test_a_run_of_what_is_built_in_or_local_asks_no_hub(tmp_path):
+    assert (*run.BUILT_IN["DATASET"],) == tasks.EMBEDDED_TASKS and run.BUILT_IN["MODEL"] == (bert.EMBEDDED,)
+    for parameters in ({}, {"MODEL": "embedded", "DATASET": "imdb"}, {"MODEL": str(tmp_path)}):
+        assert run.without_hub(run.Request(tmp_path, parameters=parameters)) == {"HF_HUB_OFFLINE": "1"}
+    for parameters in ({"MODEL": "org/bert"}, {"DATASET": "glue/sst2"}):
+        assert run.without_hub(run.Request(tmp_path, parameters=parameters)) == {}
+
+
+def test_a_folder_named_like_what_is_built_in_is_not_hashed_in_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imdb").mkdir()
+    assert run.content_key("imdb", run.BUILT_IN["DATASET"]) == "imdb" != run.content_key("./imdb", run.BUILT_IN["DATASET"])
+
+
 # --- progress -------------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +560,26 @@ def check_resume(out: Path, kept: list[str]) -> None:
     cells = [cell for cell in nbformat.read(outcome.notebook, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))  # those of the sections kept, too
     assert cells[-2].outputs[0].data["text/plain"] == "6"
+
+
+def test_a_full_disk_costs_the_run_one_line_and_the_next_one_nothing(chapter, tmp_path):
+    out, limit = tmp_path / "out", (3000, 3000)  # bytes of a file; no notebook is so small
+    command = Command(chapter.parent, out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    said, _ = command.process.communicate(timeout=60)
+    assert command.process.returncode == 1 and "File too large" in said and "Traceback" not in said
+    command.leaves_nothing()
+    check_resume(out, [])
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_sections(chapter, tmp_path, monkeypatch):
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.cache, "write_atomically", full)
+        outcome = execute(tmp_path / "out")
+    assert not outcome.ok and outcome.message == f"No space left on device: {tmp_path / 'out' / 'one.ipynb'}"
+    check_resume(tmp_path / "out", ["1", "2", "3"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

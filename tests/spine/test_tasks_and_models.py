@@ -27,7 +27,9 @@ def test_embedded_split_is_fixed_stratified_and_disjoint(tokenizer):
     task = tasks.load("rotten_tomatoes", tokenizer, profiles.get("cpu"))
     assert (len(task.train), len(task.validation), len(task.selection)) == (5886, 2132, 512)
     assert task.validation.labels.float().mean().item() == pytest.approx(0.5, abs=0.001)
-    assert task.key == tasks.load("rotten_tomatoes", tokenizer, profiles.get("cpu")).key
+    assert (
+        task.key == tasks.load("rotten_tomatoes", tokenizer, profiles.get("cpu")).key == "048c740caeecc7be"
+    )  # of all published numbers
     rows = {t for t in task.train.data["text"]} & {t for t in task.validation.data["text"]}
     twice = {t for t in task.train.data["text"]} & {t for t in task.selection.data["text"]}
     assert len(rows) < 20 and len(twice) < 5  # the source itself repeats a few sentences; the split shares no row
@@ -106,15 +108,6 @@ def test_other_encodings_and_unknown_formats(tokenizer, tmp_path):
         tasks.load(str(tmp_path / "data.xlsx"), tokenizer, SMOKE)
     with pytest.raises(CompanionError, match="needs a train"):
         tasks.load(str(tmp_path), tokenizer, SMOKE)
-
-
-def test_a_hub_name_without_network(tokenizer, monkeypatch):
-    def offline(*arguments, **options):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(tasks.datasets, "load_dataset", offline)
-    with pytest.raises(CompanionError, match=r"'glue/sst2' is neither built in .* no network"):
-        tasks.load("glue/sst2", tokenizer, SMOKE)
 
 
 def test_damaged_embedded_files_are_found(tmp_path):

@@ -5,6 +5,7 @@ their errors are shares of a tensor's squared norm: they stand beside the least 
 What a product costs in each order of contraction is counted (`contraction_table`): a small format need not be a fast one.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -41,13 +42,24 @@ Shape = Callable[[int, int], tuple[Sizes, Sizes]]  # out, in -> factors of the r
 
 
 def balanced_shape(out_features: int, in_features: int, cores: int = 3) -> tuple[Sizes, Sizes]:
-    """Both widths in factors that are as equal as they can be. Raises ValueError where there are not so many."""
-    return balanced_factors(out_features, cores), balanced_factors(in_features, cores)
+    """Both widths in factors that are as equal as they can be (`width_factors`). Raises ValueError for a prime width."""
+    return width_factors(out_features, cores), width_factors(in_features, cores)
+
+
+def width_factors(width: int, count: int) -> tuple[int, ...]:
+    """`count` factors of a width, as equal as they can be; ones stand first where it has fewer (51 is 1 * 3 * 17).
+
+    Raises ValueError for a prime width, of which no format makes anything smaller.
+    """
+    for number in range(count, 1, -1):
+        with contextlib.suppress(ValueError):
+            return (1,) * (count - number) + balanced_factors(width, number)
+    return balanced_factors(width, count)  # says why not
 
 
 def padded_shape(words: int, width: int, cores: int = 3) -> tuple[Sizes, Sizes]:
     """The same for a word table, whose vocabulary is filled up to a product of factors."""
-    return padded_factors(words, cores), balanced_factors(width, cores)
+    return padded_factors(words, cores), width_factors(width, cores)
 
 
 def checked(weights: torch.Tensor) -> torch.Tensor:
@@ -364,8 +376,8 @@ def block_term_layers(
 
     Ye et al. 2018 (arXiv 1712.05134), survey 6.3: there the matrix behind the inputs of an LSTM learns as block terms from
     scratch. Without a number of `terms` each matrix gets as many as hold at most `size` of its weights. Returns what was `kept`
-    of each matrix. Raises ValueError for no term, a rank outside 1 to the smallest side, a size that one term exceeds, widths
-    without three factors, and weights that are not finite.
+    of each matrix. Raises ValueError for no term, a rank outside 1 to the smallest side, a size that one term exceeds, prime
+    widths, and weights that are not finite.
     """
 
     def make(linear: nn.Linear, number: int) -> BlockTermLinear:

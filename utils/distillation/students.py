@@ -123,18 +123,21 @@ def with_word_vectors(student: parts.Part, teacher: nn.Module) -> parts.Part:
 def bilstm(
     teacher: nn.Module, embedding_size: int = 128, hidden_size: int = 128, head_size: int = 128, seed: int = 0
 ) -> parts.BiLSTM:
-    """K-27's student: one bidirectional LSTM over the teacher's word vectors. Tang et al. 2019 (300, 150 and 200), survey
-    4.4.
+    """K-27's student: one bidirectional LSTM over the teacher's word vectors. Tang et al. 2019 (300, 150 and 200), survey 4.4.
+
+    No size is above the teacher's width: of a narrow teacher the student would be the larger one.
     """
-    options = {"embedding_size": embedding_size, "hidden_size": hidden_size, "head_size": head_size}
+    sizes = {"embedding_size": embedding_size, "hidden_size": hidden_size, "head_size": head_size}
+    options = {name: min(size, teacher.config.hidden_size) for name, size in sizes.items()}
     return with_word_vectors(seeded(parts.BiLSTM, teacher, options, seed), teacher).eval()
 
 
 def cnn(
     teacher: nn.Module, embedding_size: int = 128, filters: int = 100, widths: tuple[int, ...] = (3, 4, 5), seed: int = 0
 ) -> parts.TextCNN:
-    """A text CNN (Kim 2014) over the teacher's word vectors."""
-    options = {"embedding_size": embedding_size, "filters": filters, "widths": widths}
+    """A text CNN (Kim 2014) over the teacher's word vectors; neither these nor the filters of a width are more than the teacher's."""
+    most = teacher.config.hidden_size
+    options = {"embedding_size": min(embedding_size, most), "filters": min(filters, most), "widths": widths}
     return with_word_vectors(seeded(parts.TextCNN, teacher, options, seed), teacher).eval()
 
 

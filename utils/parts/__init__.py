@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from utils import CompanionError
+from utils.parts import room
 from utils.parts.attention import ATTENTIONS, DENSE, STOCK, attention_macs, linear_attention, register_dense
 from utils.parts.characters import CharacterBiLSTM, CharacterCNN
 from utils.parts.codes import BandedVectors, CompositionalVectors, DictionaryVectors, DigitVectors
@@ -114,11 +115,18 @@ PARTS: dict[str, type[Part]] = {
 
 
 def build(kind: str, options: dict) -> Part:
-    """A part of that kind with fresh weights; the global random numbers stay as they are. CompanionError for an unknown kind."""
+    """A part of that kind with fresh weights; the global random numbers stay as they are.
+
+    Raises CompanionError for an unknown kind and for options that do not make one; what they take is bounded by a `room.Room`
+    around the call.
+    """
     if kind not in PARTS:
         raise CompanionError(f"unknown part {kind!r}: this version knows {', '.join(PARTS)}")
+    room.check_options(PARTS[kind], options, kind)
     with torch.random.fork_rng(devices=[]):
-        return PARTS[kind](**options)
+        part = PARTS[kind](**options)
+    room.check_came_back(options, part.options(), kind)
+    return part
 
 
 def find(model: nn.Module) -> dict[str, Part]:

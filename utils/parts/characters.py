@@ -5,6 +5,8 @@ knows its alphabet, so that a word outside the vocabulary has a vector too; piec
 their own. Words are read without padding, so that what a look-up costs depends on its words: `macs` is the most it can take.
 """
 
+from typing import TypedDict
+
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -14,6 +16,14 @@ from utils.parts.embeddings import WordVectors
 PAD, BEGIN, CONTINUE, END, UNKNOWN = range(5)  # symbols that are no characters; the alphabet follows
 FIRST = 5
 SHORT = torch.iinfo(torch.uint8).max  # the highest symbol that a byte holds
+
+
+class Spelling(TypedDict):
+    """How words are spelled: which characters there are, the most symbols of a spelling, and the ids with rows of their own."""
+
+    alphabet: str
+    longest: int
+    own: list[int]
 
 
 class CharacterVectors(WordVectors):
@@ -27,7 +37,7 @@ class CharacterVectors(WordVectors):
 
     heavy, adaptive = True, True
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, spelling: dict, features: int):
+    def __init__(self, num_embeddings: int, embedding_dim: int, spelling: Spelling, features: int):
         super().__init__(num_embeddings, embedding_dim)
         check_spelling(num_embeddings, **spelling)
         self.given, self.correction_size = dict(spelling), 0
@@ -117,7 +127,7 @@ class CharacterBiLSTM(CharacterVectors):
 
     kind = "character_bilstm"
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, spelling: dict, character_size: int = 50, hidden_size: int = 150,
+    def __init__(self, num_embeddings: int, embedding_dim: int, spelling: Spelling, character_size: int = 50, hidden_size: int = 150,
                  correction_size: int = 0):  # fmt: skip
         super().__init__(num_embeddings, embedding_dim, spelling, 2 * hidden_size)
         self.characters = nn.Embedding(self.symbols, character_size, padding_idx=PAD)
@@ -187,7 +197,7 @@ class CharacterCNN(CharacterVectors):
 
     kind = "character_cnn"
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, spelling: dict, character_size: int = 15,
+    def __init__(self, num_embeddings: int, embedding_dim: int, spelling: Spelling, character_size: int = 15,
                  widths: tuple[int, ...] = (1, 2, 3, 4, 5, 6), filters: tuple[int, ...] = (25, 50, 75, 100, 125, 150),
                  highways: int = 1, correction_size: int = 0):  # fmt: skip
         if len(widths) != len(filters) or min((*widths, *filters), default=0) < 1:

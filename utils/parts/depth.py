@@ -15,7 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 
 from utils import structure
-from utils.parts.attention import ATTENTIONS, attention_macs
+from utils.header import check_bert
+from utils.parts.attention import ATTENTIONS, STOCK, attention_macs
 from utils.parts.part import Part
 
 SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps", "hidden_dropout_prob",
@@ -53,17 +54,28 @@ def macs_inside(module: nn.Module, length: int) -> int:
     return core + sum(macs_inside(child, length) for child in module.children())
 
 
+def check_sizes(sizes: dict) -> None:
+    """Raise ValueError for sizes beyond those of a layer, and for an attention that is in no table: transformers would fetch it."""
+    attention = sizes.get("attn_implementation", "sdpa")
+    if attention not in (*STOCK, *ATTENTIONS):
+        raise ValueError(f"the attention must be one of {', '.join((*STOCK, *ATTENTIONS))}, got {attention!r}")
+    if not set(sizes) <= {*SIZES, "attn_implementation"}:
+        raise ValueError(f"the sizes of a layer are {', '.join(SIZES)}, got {', '.join(sizes)}")
+    check_bert({name: value for name, value in sizes.items() if name in SIZES})
+
+
 class OneLayerEncoder(Part):
     """Base: holds one BERT layer. `sizes` are those of its `BertConfig` (`SIZES`), `heads` the attention heads it has left.
 
-    Raises ValueError for more heads than the sizes allow. While `passes` is a list, every pass of the encoder adds its record
-    to it (`utils.sharing.layers.watch_passes`).
+    Raises ValueError for more heads than the sizes allow, and for sizes that are none of a layer. While `passes` is a list, every
+    pass of the encoder adds its record to it (`utils.sharing.layers.watch_passes`).
     """
 
     adaptive = True
 
     def __init__(self, sizes: dict, heads: int):
         super().__init__()
+        check_sizes(sizes)
         config = BertConfig(**{"attn_implementation": "sdpa", **sizes})
         self.sizes, self.layer, self.passes = dict(sizes), nn.ModuleList([BertLayer(config)]), None
         if heads != config.num_attention_heads:
@@ -250,6 +262,8 @@ class Anderson:
     ridge: float = 1e-6
 
     def __post_init__(self):
+        if not type(self.max_iterations) is type(self.window) is int:
+            raise ValueError(f"max_iterations and window must be whole numbers, got {self.max_iterations} and {self.window}")
         if self.max_iterations < 1 or self.window < 1:
             raise ValueError(f"max_iterations and window must be at least 1, got {self.max_iterations} and {self.window}")
         if not 0 < self.mixing <= 1:

@@ -247,13 +247,19 @@ class SlimVectors(WordVectors):
         return 0
 
 
+MOST_CODES = 2**24  # they are drawn anew whenever a file is loaded
+
+
 def slim_codes(words: int, pieces: int, pool: int, seed: int = 0, common: bool = False) -> torch.Tensor:
     """Sub-vectors of each word, (words, pieces), int32: a list in which all occur equally often, shuffled; rows differ.
 
     NumPy keeps the numbers of this generator the same in all versions (NEP 19), and a file relies on that. Where two words
-    are alike, one swaps a code with a random word. Raises ValueError where there are fewer combinations than words.
+    are alike, one swaps a code with a random word. Raises ValueError where there are fewer combinations than words, and for
+    more codes than `MOST_CODES`.
     """
     share = pool if common else pool // pieces
+    if words * pieces > MOST_CODES:
+        raise ValueError(f"{words} words of {pieces} pieces are more than {MOST_CODES} codes")
     if share**pieces < words:
         raise ValueError(f"{share} sub-vectors in {pieces} places cannot tell {words} words apart: take a larger pool")
     draw = np.random.RandomState(seed)
@@ -263,7 +269,7 @@ def slim_codes(words: int, pieces: int, pool: int, seed: int = 0, common: bool =
         codes = np.stack([draw.permutation(np.arange(words) % share) + place * share for place in range(pieces)], axis=1)
     # Equal rows have equal keys, and different rows hardly ever: powers of an odd number may wrap.
     units = np.cumprod(np.full(pieces, 2 * pool + 1, dtype=np.uint64))
-    for _ in range(1000):
+    for _ in range(min(1000, 1 + 2**25 // words)):
         _, first = np.unique(codes.astype(np.uint64) @ units, return_index=True)
         if len(first) == words:
             return torch.from_numpy(codes.astype(np.int32))

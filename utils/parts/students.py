@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from transformers import BertConfig, BertModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from utils.header import check_bert
 from utils.parts.attention import attention_macs
 from utils.parts.part import Part
 
@@ -111,6 +112,7 @@ class SpelledBert(Part):
         super().__init__()
         if not 1 <= growth <= pieces:
             raise ValueError(f"growth must lie between 1 and the {pieces} pieces of the longest spelling, got {growth}")
+        check_bert(bert)
         own = BertConfig(
             **bert, attn_implementation="eager"
         )  # plain products are faster than fused ones at sentence length on a CPU

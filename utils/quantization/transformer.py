@@ -15,6 +15,7 @@ from utils.quantization.codebook import borders, check_count, nearest
 from utils.quantization.loss_aware import first_alpha, loss_aware_levels
 from utils.quantization.quantizer import Quantizer, ascending, check_bits, check_weight
 from utils.quantization.uniform import RangeFunction, UniformQuantizer, even_grid, from_codes
+from utils.sizes import divisor
 from utils.tasks import Split, collate
 from utils.training import check_batches, cross_entropy, to_device
 
@@ -85,11 +86,6 @@ def attention_kl(model: nn.Module, other: nn.Module, batch: dict) -> torch.Tenso
 
 
 # --- Q-BERT ---------------------------------------------------------------------------------------------------------
-
-
-def divisor(rows: int, groups: int) -> int:
-    """The largest number of equal groups of rows that is not above `groups`."""
-    return max(g for g in range(1, min(rows, groups) + 1) if rows % g == 0)
 
 
 class GroupwiseQuantizer(UniformQuantizer):

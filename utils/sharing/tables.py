@@ -26,7 +26,7 @@ from utils.parts.embeddings import (
     TrimmedVectors,
     TwoComponentVectors,
 )
-from utils.tables import PLACE, largest_size
+from utils.tables import PLACE, largest_size, stored_bytes
 from utils.tasks import Split, column
 
 INSIDE = "##"  # marks a piece that continues a word
@@ -42,12 +42,16 @@ def sizes_for(
     """The options of the largest part of each method that is stored in `budget_bytes`, by its id in the catalogue.
 
     Free are the blocks of S-12 and S-13 (with `choices` reference vectors each), the pool of S-14 (`pieces` to a word), the
-    dense words of S-10 (`nonzeros` to the others), the shape of S-11's table, and S-15's width. Raises ValueError where a
-    method does not fit.
+    dense words of S-10 (`nonzeros` to the others), the shape of S-11's table, and S-15's width. Where the width has no such number of
+    pieces it is the nearest one, and where the budget does not hold so many nonzeros, as many as it holds. Raises ValueError where
+    a method does not fit.
     """
     V, d = vocab_size, hidden_size
     vectors = max(1, budget_bytes // (4 * d))  # of full width, if the budget held nothing else
     blocks = [count for count in range(1, d + 1) if d % count == 0]
+    pieces = min(blocks[1:] or blocks, key=lambda count: abs(math.log(count / pieces)))
+    while nonzeros > 1 and stored_bytes(SparseVectors(V, d, nonzeros, nonzeros)) > budget_bytes:
+        nonzeros -= 1
     makers = {
         "S-10": (lambda n: SparseVectors(V, d, n, nonzeros), nonzeros, V - 1),
         "S-11": (lambda n: TwoComponentVectors(V, d, math.ceil(V / n), n), math.ceil(math.sqrt(V)), V),
