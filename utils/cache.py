@@ -5,6 +5,7 @@ so a damaged one is made anew instead of used.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -152,3 +153,9 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:  # a full disk, above all
         os.unlink(temporary)
         raise
+
+
+def remove_halves(path: Path) -> None:
+    """Remove what killed writers of this file left beside it. Nobody may be writing it now."""
+    for half in path.parent.glob(f".{glob.escape(path.name)}-*"):
+        _remove(half)

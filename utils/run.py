@@ -35,7 +35,7 @@ LOOKS_AT_ALL_ROWS = re.compile(  # a section that picks rows by section, method 
     r"board\.(rows(?! if row\.(section == |method in |label == ))|claims|close\(|verdicts\(|table\(\))"
 )
 BUILT_IN = {"MODEL": ("embedded",), "DATASET": ("rotten_tomatoes", "imdb")}  # names that need no file and no hub
-WOVEN = "woven.ipynb"
+WOVEN, SCRATCH = "woven.ipynb", "tmp"
 DIFFERENT = {"MODEL": "another model", "DATASET": "other data", "SEED": "another seed"}
 GRACE = 5.0  # seconds that a child has to end after it was told to
 NO_ROWS = {
@@ -168,6 +168,8 @@ def run_chapter(chapter: str, request: Request, on_progress: Progress = lambda w
     """Weave and execute one chapter in a process of its own. The caller holds its output (`run_all` does)."""
     name, stop = request.name(chapter), stop or Stop()
     folder, final = request.out / f".{name}", request.out / f"{name}.ipynb"
+    for whole in (final, results_file(request, name)):
+        cache.remove_halves(whole)
     stamp = make_stamp(request)
     notebook = notebooks.weave(chapter, request.sections, request.track)
     if request.resume and finished(final, results_file(request, name), stamp, notebook):
@@ -395,6 +397,8 @@ def prepare(notebook: nbformat.NotebookNode, request: Request, folder: Path, don
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         (folder / "rows.json").write_text(json.dumps(NO_ROWS))
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    (folder / SCRATCH).mkdir()
     nbformat.write(notebook, folder / WOVEN)
     (folder / "progress").write_text("")
     files = {"woven": WOVEN, "partial": "partial.ipynb", "progress": "progress"}
@@ -406,8 +410,9 @@ def prepare(notebook: nbformat.NotebookNode, request: Request, folder: Path, don
 
 def child_environment(request: Request, name: str, folder: Path, done: list[str], sections: list[str]) -> dict[str, str]:
     """What the kernel must know: where results, rows and progress go. Only our own package is on the path, not the current folder, and
-    the user's own IPython start-up files stay outside."""
+    the user's own IPython start-up files stay outside. Temporary files lie in the run's folder, and go with it even after a kill."""
     return {**os.environ, **threads(), **without_hub(request), "IPYTHONDIR": str((folder / "ipython").resolve()),
+            "TMPDIR": str((folder / SCRATCH).resolve()),
             "COMPANION_OUT": str(request.out.resolve()), "COMPANION_PROFILE": request.profile, "COMPANION_NAME": name,
             "COMPANION_PROGRESS": str((folder / "progress").resolve()), "COMPANION_JOURNAL": str((folder / "rows.json").resolve()),
             "COMPANION_FINISHED": json.dumps(done),

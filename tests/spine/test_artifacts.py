@@ -530,7 +530,7 @@ def test_a_part_that_asks_for_more_than_a_file_can_fill_is_not_built(kind, optio
         {"rank": 10**30},
         {"rank": float("nan")},
         {"rank": [[[[1]]]]},
-        {"rank": object()},
+        pytest.param({"rank": object()}, id="no JSON"),
     ],
     ids=str,
 )

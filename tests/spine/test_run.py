@@ -666,16 +666,22 @@ def test_a_run_killed_in_its_last_moment_is_finished_and_cleared_up(chapter, tmp
     assert execute(out, resume=True).skipped and visible(out) == {"one.ipynb"}
 
 
+MOMENTS = int(os.environ.get("COMPANION_TEST_MOMENTS", "10"))
+
+
 @pytest.mark.slow
-def test_killed_at_ten_moments(chapter, tmp_path):
+def test_killed_at_many_moments(chapter, tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
     started = time.monotonic()
     undisturbed = Command(chapter.parent, tmp_path / "whole")
     undisturbed.process.communicate(timeout=60)
     length = time.monotonic() - started
-    for moment in range(10):
+    for moment in range(MOMENTS):
         out = tmp_path / str(moment)
         command = Command(chapter.parent, out)
-        time.sleep(length * (moment + 0.5) / 10)
+        time.sleep(length * (moment + 0.5) / MOMENTS)
         victims = (
             [command.process.pid]
             if moment % 2
@@ -687,3 +693,19 @@ def test_killed_at_ten_moments(chapter, tmp_path):
         command.leaves_nothing()
         assert execute(out, resume=True).ok
         assert rows(out) == rows(tmp_path / "whole") == expected() and visible(out) == {"one.ipynb"}, moment
+        assert not list(scratch.iterdir()) and len(list((out / "results" / "smoke").iterdir())) == 1, moment
+
+
+def test_temporary_files_of_a_run_and_halves_of_a_killed_one_are_cleared_up(chapter, tmp_path):
+    told = "import tempfile; board.section('1'); print(tempfile.mkdtemp())"
+    chapter.write_text(lesson(in_1=told + "\nboard.put('1a')"))
+    out, results = tmp_path / "out", tmp_path / "out" / "results" / "smoke"
+    results.mkdir(parents=True)
+    halves = [out / ".one.ipynb-abc", results / ".one.json-abc"]
+    for half in halves:
+        half.write_text("{")
+    (out / ".another.ipynb-abc").write_text("{")  # of a chapter that may be running
+    assert execute(out).ok
+    text = (out / "one.ipynb").read_text()
+    assert str(out / ".one" / "tmp") in text and not (out / ".one").exists()
+    assert not any(half.exists() for half in halves) and (out / ".another.ipynb-abc").exists()
