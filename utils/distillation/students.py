@@ -125,10 +125,11 @@ def bilstm(
 ) -> parts.BiLSTM:
     """K-27's student: one bidirectional LSTM over the teacher's word vectors. Tang et al. 2019 (300, 150 and 200), survey 4.4.
 
-    No size is above the teacher's width: of a narrow teacher the student would be the larger one.
+    No size is above the teacher's width, nor the LSTM's above half of it: of a narrow teacher the student would be the larger one.
     """
-    sizes = {"embedding_size": embedding_size, "hidden_size": hidden_size, "head_size": head_size}
-    options = {name: min(size, teacher.config.hidden_size) for name, size in sizes.items()}
+    most = teacher.config.hidden_size
+    options = {"embedding_size": min(embedding_size, most), "hidden_size": min(hidden_size, max(1, most // 2)),
+               "head_size": min(head_size, most)}  # fmt: skip
     return with_word_vectors(seeded(parts.BiLSTM, teacher, options, seed), teacher).eval()
 
 
