@@ -47,7 +47,7 @@ def test_torchao_int8_linears_are_integers_and_close(tiny, batch):
     assert engine.integer_products == linears(tiny) and plain.integer_products == 0
 
 
-@pytest.mark.skipif(not integer.can_compile(), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(not integer.can_compile(), reason="torch.compile needs a C++ compiler, and a path without blanks")
 def test_a_compiled_engine_computes_the_same_logits_at_any_length(tiny, batch):
     engine = integer.float_engine(tiny, torch.float32, compiled=True)
     torch.testing.assert_close(engine(**batch).logits, logits(tiny, batch), atol=1e-4, rtol=1e-3)
@@ -55,11 +55,14 @@ def test_a_compiled_engine_computes_the_same_logits_at_any_length(tiny, batch):
     torch.testing.assert_close(engine(**short).logits, logits(tiny, short), atol=1e-4, rtol=1e-3)
 
 
-def test_compiling_needs_a_compiler(monkeypatch):
+def test_compiling_needs_a_compiler_and_a_path_without_blanks(monkeypatch):
+    monkeypatch.setattr(torch, "__file__", "/home/me/torch/__init__.py")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not integer.can_compile()
     monkeypatch.setenv("CXX", sys.executable)
     assert integer.can_compile()
+    monkeypatch.setattr(torch, "__file__", "/home/me/a clone/torch/__init__.py")
+    assert not integer.can_compile()
 
 
 def test_a_missing_engine_is_named():

@@ -384,16 +384,18 @@ def test_a_home_folder_is_known_by_its_sign(folder, monkeypatch):
 def test_a_hub_model_is_fetched_whole_or_said_to_be_absent(folder, monkeypatch):
     asked = []
 
-    def fetch(name, allow_patterns):
-        asked.append((name, allow_patterns))
+    def fetch(name, allow_patterns, local_files_only):
+        asked.append((name, allow_patterns, local_files_only))
         return str(folder)
 
+    reachable = iter([True, False, False])
+    monkeypatch.setattr(checkpoints.hub, "answers", lambda: next(reachable))
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert bert.load("someone/tiny-bert").config.hidden_size == 32 and bert.load_tokenizer("tiny-bert")
-    assert [name for name, _ in asked] == ["someone/tiny-bert", "tiny-bert"]
+    assert [(name, known) for name, _, known in asked] == [("someone/tiny-bert", False), ("tiny-bert", True)]
     assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in asked[0][1])
 
-    def offline(name, allow_patterns):
+    def offline(name, allow_patterns, local_files_only):
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)

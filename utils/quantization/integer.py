@@ -74,8 +74,11 @@ class Engine(nn.Module):
 
 
 def can_compile() -> bool:
-    """Whether torch.compile finds the C++ compiler that it needs on a CPU."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+    """Whether torch.compile finds the C++ compiler that it needs on a CPU, and its own headers where there is no blank in their path.
+
+    It does not quote them (torch 2.13).
+    """
+    return shutil.which(os.environ.get("CXX", "g++")) is not None and " " not in torch.__file__
 
 
 def state_bytes(model: nn.Module) -> int:
