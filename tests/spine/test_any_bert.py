@@ -50,9 +50,9 @@ class Shape:
 
 BERTS = {
     "narrow, three classes": Shape(classes=3),
-    "one layer, one head": Shape(layers=1, heads=1, hidden=24, neurons=100, refuses=("01", "03", "04", "05")),
+    "one layer, one head": Shape(layers=1, heads=1, hidden=24, neurons=100, refuses=("02", "03")),
     "40 positions, 20 classes": Shape(layers=4, heads=4, hidden=40, neurons=160, positions=40, classes=20, refuses=("04",)),
-    "widths with little in common": Shape(layers=3, heads=2, hidden=46, neurons=94, refuses=("04",)),
+    "widths with little in common": Shape(layers=3, heads=2, hidden=44, neurons=90, refuses=("04",)),
     "24 layers, 16 heads": Shape(layers=24, heads=16, hidden=64, neurons=48),
     "312 wide, 12 heads": Shape(layers=2, heads=12, hidden=312, neurons=1248, refuses=("04",)),
     "five layers, five heads": Shape(layers=5, heads=5, hidden=50, neurons=90, positions=64, classes=5, refuses=("04",)),
