@@ -24,3 +24,8 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 class CompanionError(ValueError):
     """A mistake that the user can mend; the message says how. The command prints it without a traceback."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, short enough for a message of one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
-from utils import CompanionError, bert, encodings, parts, structure
+from utils import CompanionError, bert, checkpoints, encodings, parts, structure
 from utils import header as headers
 from utils.encodings import Encoded
 from utils.parts.embeddings import WordVectors
@@ -99,7 +99,7 @@ def describe(model: nn.Module) -> dict:
 
     Raises ArtifactError for a model, a part or an attention that a file cannot name.
     """
-    found = _parts_of(model)
+    found = parts.find(model, every_place=True)
     if "" not in found and not isinstance(model, BertForSequenceClassification):
         raise ArtifactError(
             f"a file holds a BertForSequenceClassification or a student of utils.parts, no {type(model).__name__}"
@@ -122,11 +122,6 @@ def describe(model: nn.Module) -> dict:
     return described
 
 
-def _parts_of(model: nn.Module) -> dict[str, parts.Part]:
-    """All parts by path, outer ones first; one that stands in several places stands there in the file, too."""
-    return {path: module for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, parts.Part)}
-
-
 def encode_model(model: nn.Module, encoded: dict[str, Encoded] | None = None) -> dict[str, Encoded]:
     """Every tensor of the model in an encoding: those given, `tied` where storage is shared, else the best `sparse` one.
 
@@ -143,7 +138,7 @@ def encode_model(model: nn.Module, encoded: dict[str, Encoded] | None = None) ->
     for name, tensor in state.items():
         if name in encoded and tuple(encoded[name].shape) != tuple(tensor.shape):
             raise ArtifactError(f"{name} has the shape {tuple(tensor.shape)}, its encoding {tuple(encoded[name].shape)}")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not checkpoints.is_finite(tensor):
             raise ArtifactError(f"{name} holds numbers that are not finite: training has diverged, nothing is stored")
     owners: dict[tuple, str] = {}
     for name, tensor in model.state_dict().items():  # where the model lies: a copy to the CPU would untie what is tied
@@ -242,7 +237,7 @@ def rebuild(header: dict, items: dict[str, Encoded]) -> nn.Module:
             model = parts.build(**listed[""])
     else:
         model = _empty(header, {name: item.shape for name, item in items.items()})
-    hidden = sum(_hidden_bytes(part) for part in _parts_of(model).values())
+    hidden = sum(_hidden_bytes(part) for part in parts.find(model, every_place=True).values())
     for place, entry in listed.items():  # outer parts first, then what was replaced inside them
         if place:
             _check_place(model, place, **entry)
@@ -305,7 +300,7 @@ def _check_place(model: nn.Module, place: str, kind: str, options: dict) -> None
 
 def _check_model(model: nn.Module, header: dict, items: dict[str, Encoded]) -> None:
     """Raise CompanionError unless a rebuilt model is what its header says, and has the shapes of its tensors."""
-    kinds = {place: part.kind for place, part in _parts_of(model).items()}
+    kinds = {place: part.kind for place, part in parts.find(model, every_place=True).items()}
     listed = {place: entry["kind"] for place, entry in header.get("parts", {}).items()}
     headers.need(kinds == listed, f"the header lists the parts {headers.short(listed)}, the model has {headers.short(kinds)}")
     if "layers" in header:
@@ -349,7 +344,7 @@ def _fill(model: nn.Module, items: dict[str, Encoded]) -> None:
 def _put(name: str, target: torch.Tensor, values: torch.Tensor) -> None:
     target.copy_(values)
     if target.is_floating_point():
-        headers.need(target.isfinite().all(), f"{name} holds numbers that are not finite")
+        headers.need(checkpoints.is_finite(target), f"{name} holds numbers that are not finite")
     else:
         headers.need(torch.equal(target.to(values.dtype), values), f"{name} holds numbers that a {target.dtype} does not")
 

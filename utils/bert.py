@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from utils import CompanionError, checkpoints
+from utils import CompanionError, checkpoints, first_line
 from utils.tasks import package_file
 
 EMBEDDED = "embedded"
@@ -211,7 +211,7 @@ def load_tokenizer(name: str = EMBEDDED) -> transformers.PreTrainedTokenizerBase
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # a reader's own message is the best hint there is
-            raise checkpoints.Unfit(f"has a tokenizer that cannot be read ({checkpoints.first_line(error)})") from None
+            raise checkpoints.Unfit(f"has a tokenizer that cannot be read ({first_line(error)})") from None
         if name != EMBEDDED:  # known to fit
             checkpoints.check_tokenizer(tokenizer, config, folder)
         return tokenizer
@@ -293,4 +293,4 @@ def _told_of(name: str) -> Iterator[None]:
     except CompanionError:
         raise
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        raise CompanionError(f"model {name!r} could not be loaded: {checkpoints.first_line(error)}") from None
+        raise CompanionError(f"model {name!r} could not be loaded: {first_line(error)}") from None

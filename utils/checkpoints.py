@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import BertConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
-from utils import CompanionError, hub
+from utils import CompanionError, first_line, hub
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "vocab.txt")
@@ -93,11 +93,6 @@ def _fetch(name: str) -> Path:
     except Exception as error:  # many kinds: no network, no such name, no permission
         raise Unfit(f"is no folder, and the hub did not give it: {first_line(error)} "
                     "(use 'embedded', a local folder, or a hub name with network)") from None  # fmt: skip
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, short enough for one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 # --- configuration --------------------------------------------------------------------------------------------------------

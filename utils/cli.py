@@ -49,7 +49,9 @@ def main() -> None:
     except OSError as error:
         if error.errno not in OUTSIDE:
             raise
-        fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}")
+        from utils.run import in_words
+
+        fail(in_words(error))
 
 
 def note(message: str) -> None:
@@ -147,7 +149,9 @@ def preflight(profile: str, model: str, dataset: str | None, device: str) -> Non
     profiles.pick_device(device, profile)
     task = tasks.load(dataset or "rotten_tomatoes", bert.load_tokenizer(model), sizes)
     bert.load(model, task.num_labels)
-    for told in (*task.notes, *bert.notes(model, task.num_labels)):
+    about_data = [] if task.name in tasks.EMBEDDED_TASKS else task.notes  # of built-in ones `located` has told
+    about_model = [] if model == bert.EMBEDDED else bert.notes(model, task.num_labels)
+    for told in (*about_data, *about_model):
         note(told)
 
 

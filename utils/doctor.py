@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from utils import CompanionError
+from utils import CompanionError, first_line
 
 Check = tuple[str, str, str, str]  # what, state (ok, optional, missing), what was found, what to do
 PYTHONS = ((3, 11), (3, 12))
@@ -50,7 +50,7 @@ def _check(name: str, probe: Callable[[], tuple]) -> Check:
     try:
         return (name, *probe())
     except Exception as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = first_line(error)
         advice = "" if isinstance(error, CompanionError) else MOVED_BY.get(name, "make setup")
         return (name, "missing", said, "set HOME" if "home directory" in said else advice)
 

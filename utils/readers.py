@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from utils import CompanionError
+from utils import CompanionError, first_line
 
 Columns = dict[str, list]
 
@@ -43,7 +43,7 @@ def read(path: Path, notes: list[str]) -> Columns:
         _check_beginning(path)
         return READERS[suffix](path, notes)
     except OSError as error:
-        raise CompanionError(f"cannot read {path.name}: {error.strerror or _first_line(error)}") from None
+        raise CompanionError(f"cannot read {path.name}: {error.strerror or first_line(error)}") from None
 
 
 def _check_beginning(path: Path) -> None:
@@ -56,10 +56,6 @@ def _check_beginning(path: Path) -> None:
             raise CompanionError(f"{path.name} {what}")
     if beginning.startswith(PARQUET) != (path.suffix.lower() == ".parquet"):
         raise CompanionError(f"{path.name} is {'no' if path.suffix.lower() == '.parquet' else 'a'} parquet file: check its name")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _text(path: Path) -> str:
@@ -213,7 +209,7 @@ def _parsed(text: str, where: str) -> object:
     except (json.JSONDecodeError, CompanionError):
         raise
     except ValueError as error:  # a number of thousands of digits
-        raise CompanionError(f"{where}: {_first_line(error)}") from None
+        raise CompanionError(f"{where}: {first_line(error)}") from None
 
 
 def _unwrapped(document: dict, path: Path, notes: list[str]) -> Columns | list:
@@ -248,7 +244,7 @@ def _parquet(path: Path, notes: list[str]) -> Columns:
     except OSError:
         raise
     except Exception as error:  # a damaged file fails in many ways; the reader's own message is the best hint there is
-        raise CompanionError(f"cannot read {path.name}: {_first_line(error)}") from None
+        raise CompanionError(f"cannot read {path.name}: {first_line(error)}") from None
     _check_distinct(table.column_names, path.name)
     named = zip(table.column_names, columns, strict=True)
     return {name: column for name, column in named if not name.startswith("__index_level_")}  # pandas' row names

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from utils import CompanionError, hub, readers
+from utils import CompanionError, first_line, hub, readers
 from utils.profiles import Profile
 
 datasets.disable_progress_bars()
@@ -297,7 +297,7 @@ def _download(name: str, tries: list[tuple[str, str | None]]) -> datasets.Datase
             try:
                 return datasets.load_dataset(repository, configuration)
             except Exception as error:
-                reasons.append((str(error).splitlines() or [""])[0][:200] or type(error).__name__)
+                reasons.append(first_line(error))
     raise CompanionError(
         f"data set {name!r} is neither built in ({', '.join(EMBEDDED_TASKS)}), nor a local file, "
         f"and the hub {'did not give it' if reachable else 'does not answer (no network?)'}: {reasons[0]}"

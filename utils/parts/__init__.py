@@ -129,6 +129,7 @@ def build(kind: str, options: dict) -> Part:
     return part
 
 
-def find(model: nn.Module) -> dict[str, Part]:
-    """All parts of a model by path, outer ones first."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, Part)}
+def find(model: nn.Module, every_place: bool = False) -> dict[str, Part]:
+    """All parts of a model by path, outer ones first; one that stands in several places once, or at `every_place`."""
+    found = model.named_modules(remove_duplicate=not every_place)
+    return {path: module for path, module in found if isinstance(module, Part)}

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from utils.bert import ENCODER, Matrix, matrices
+from utils.checkpoints import is_finite
 from utils.encodings import Encoded
 
 REMEMBERED = 4096  # results of a search that are kept
@@ -43,8 +44,7 @@ class Quantizer(nn.Module):
 
 def check_weight(weight: torch.Tensor) -> None:
     """Raise ValueError for an empty weight or one with NaN or infinite entries."""
-    # A sum is NaN or infinite if any term is, and cheaper than a look at each; only a sum that overflows needs that look.
-    if not weight.numel() or not (torch.isfinite(weight.sum()) or torch.isfinite(weight).all()):
+    if not weight.numel() or not is_finite(weight):
         raise ValueError("a weight to quantize must have finite entries and at least one of them")
 
 
