@@ -44,7 +44,7 @@ publish: setup  ## remake the committed notebooks, results and README tables (an
 	$(BIN)/companion run --profile cpu --out notebooks --resume
 	$(BIN)/companion report --out notebooks --readme
 
-full: setup  ## the results of record: an hour or more a chapter, survives a closed terminal, goes on where it was stopped
+full: setup  ## the verdicts of record: an hour or two a chapter, survives a closed terminal, goes on where it was stopped
 	$(BIN)/companion run --profile full --out runs/full --resume
 
 setup:  ## an environment of a Python that will not do, that is gone, or that is not the one named, is made anew

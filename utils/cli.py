@@ -32,7 +32,7 @@ DEFAULT_PROFILE = os.environ.get("COMPANION_PROFILE") or "cpu"
 DEFAULTS = {"MODEL": "embedded", "DATASET": None, "SEED": 0, "DEVICE": "auto"}  # None: the chapter's own
 
 Chapters = Annotated[list[str] | None, typer.Argument(help="Chapters, such as 01 or 01_pruning. All where none is named.")]
-ProfileOption = Annotated[str, typer.Option(help="smoke, cpu, full or gpu (full on CUDA with longer texts).")]
+ProfileOption = Annotated[str, typer.Option(help="smoke, cpu, full or gpu (full on CUDA, with longer trainings and texts).")]
 
 
 def main() -> None:

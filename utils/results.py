@@ -287,15 +287,26 @@ def machine(device: object = "cpu") -> dict:
 
 def processor() -> str:
     """The processor's name as the system gives it."""
-    with_names = Path("/proc/cpuinfo")
-    if with_names.is_file():
-        found = re.search(r"model name\s*:\s*(.+)", with_names.read_text())
-        if found:
-            return found[1].strip()
+    found = re.search(r"model name\s*:\s*(.+)", processor_facts())
+    if found:
+        return found[1].strip()
     if platform.system() == "Darwin":
         done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
         return done.stdout.strip() or platform.processor()
     return platform.processor() or platform.machine()
+
+
+def processor_and_instructions() -> str:
+    """The processor with its matrix instructions, as far as the system tells without torch: one name may stand for machines that
+    multiply in different precisions."""
+    flags = set(processor_facts().split())
+    return " ".join([processor(), *(name for name in INSTRUCTIONS if name in flags)])
+
+
+def processor_facts() -> str:
+    """What Linux says of its processors; empty elsewhere."""
+    facts = Path("/proc/cpuinfo")
+    return facts.read_text(encoding="utf-8") if facts.is_file() else ""
 
 
 def machine_name(found: dict) -> str:

@@ -202,7 +202,7 @@ def make_stamp(request: Request) -> dict:
     """Everything but code that decides a run's numbers: two runs with one stamp and equal section keys give the same rows."""
     content = {name: content_key(request.parameters.get(name), known) for name, known in BUILT_IN.items()}
     return {"profile": request.profile, "parameters": {**request.parameters, **content}, "sections": list(request.sections),
-            "track": request.track, "machine": results.processor()}  # fmt: skip
+            "track": request.track, "machine": results.processor_and_instructions()}  # fmt: skip
 
 
 def refuse_another(request: Request, chapter: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import CompanionError, notebooks, plots, report, results
+from utils import CompanionError, notebooks, plots, report, results, run
 from utils.results import Row
 
 
@@ -236,6 +236,18 @@ def test_the_page_names_what_is_not_usual():
     found = content(provenance={"device": "x", "parameters": {"MODEL": "embedded", "DATASET": "my.csv", "SEED": 0}})
     assert "\n**01_pruning**, data my.csv (speeds hold for x," in report.chapter(found, ("core",))
     assert "\n**01_pruning** (speeds hold for" in report.chapter(content(), ("core",))
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [("fma avx2 avx512f", "AMD EPYC avx2"), ("avx2 avx512_bf16 avx512_vnni", "AMD EPYC avx512_vnni avx512_bf16 avx2")],
+)
+def test_one_processor_name_in_two_precisions_is_two_machines(monkeypatch, flags, name):
+    monkeypatch.setattr(results, "processor_facts", lambda: f"model name\t: AMD EPYC\nflags\t\t: fpu {flags}\n")
+    assert results.processor() == "AMD EPYC" and results.processor_and_instructions() == name
+    stamp = run.make_stamp(run.Request(Path("runs")))
+    monkeypatch.setattr(results, "processor_facts", lambda: "model name\t: AMD EPYC\nflags\t\t: fpu amx_bf16\n")
+    assert run.make_stamp(run.Request(Path("runs")))["machine"] != stamp["machine"]
 
 
 def test_this_machine_has_a_name_and_cores():
