@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.category import StrCategoryLocator
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter
 
 from utils.results import Row
 
@@ -209,8 +209,12 @@ def heatmap(
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Plain numbers at 1, 2 and 5 of every decade of a log scale: powers of ten collide where it spans less than two decades."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Plain numbers at 1, 2 and 5 of every decade of a log scale, where powers of ten would collide or be none; at equal steps where
+    the scale is so short that only one of those falls on it."""
+    low, high = sorted(axis.get_view_interval())
+    marks = LogLocator(subs=(1, 2, 5))
+    few = sum(low <= place <= high for place in marks.tick_values(low, high)) < 2
+    axis.set_major_locator(MaxNLocator(5) if few else marks)
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 

@@ -64,6 +64,16 @@ def test_a_short_log_scale_has_plain_numbers_that_do_not_collide(axes):
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
+def test_a_log_scale_of_less_than_a_factor_three_has_numbers_too(axes):
+    axes.set_xscale("log")
+    axes.scatter([0.66, 1, 1.7], [1, 2, 3])
+    plots.plain_numbers(axes.xaxis)
+    axes.figure.canvas.draw()
+    low, high = axes.get_xlim()
+    said = [float(label.get_text()) for label in axes.get_xticklabels(which="both") if label.get_text()]
+    assert 1 in said and sum(low <= number <= high for number in said) >= 3
+
+
 def test_a_legend_below_stays_inside_its_figure(axes):
     for name in ("controls", "structured, common factors", "shared word vectors", "adaptive depth", "one layer"):
         axes.plot([0, 1], [0, 1], label=name)
