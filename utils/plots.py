@@ -232,12 +232,12 @@ def plane(
     xlabel: str,
     title: str,
     families: dict[str, tuple[str, ...]],
-    named: Container[str] | None = None,
+    named: Container[str] | list[Row] | None = None,
 ) -> None:
     """Accuracy against a cost: one point per row, one colour and marker per family, the baseline as a cross with its interval.
 
-    `x` is `stored_bytes`, or `batch1` / `batch32` of the latency ratio. `families` maps a name to method ids. With `named`, only the best
-    row of each of these methods has its id beside it.
+    `x` is `stored_bytes`, or `batch1` / `batch32` of the latency ratio. `families` maps a name to method ids. With `named`, a list of rows,
+    only these have their ids beside them; with a set of method ids, only the best row of each of these.
     """  # fmt: skip
 
     def cost(row: Row) -> float | None:
@@ -252,7 +252,9 @@ def plane(
         axes.scatter([cost(row) for row in chosen], heights, marker=marker, color=color, s=size, label=name, zorder=order)
         places += [(cost(row), height) for row, height in zip(chosen, heights, strict=True)]
         said = [row for row in chosen if row.method != "control"]
-        if named is not None:
+        if isinstance(named, list):
+            said = [row for row in said if row in named]
+        elif named is not None:
             best = {row.method: row for row in sorted(said, key=lambda row: row.accuracy)}
             said = [row for method, row in best.items() if method in named]
         names += [axes.text(cost(row), 100 * row.accuracy, row.method[2 * (named is None) :], fontsize=SMALL * plt.rcParams["font.size"])

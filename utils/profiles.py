@@ -102,6 +102,8 @@ DOCUMENTS = {  # what differs for documents (chapter 06): a step of 8 texts of 5
         "latency_length": 512, "latency_batches": (1, 4), "latency_rounds": 3,
     },
 }  # fmt: skip
+
+
 def get(name: str, documents: bool = False) -> Profile:
     """Look a profile up, or its like for texts of hundreds of tokens. Raises CompanionError for an unknown name."""
     if name not in PROFILES:

@@ -3,6 +3,7 @@ another commit."""
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ PAGE, PICTURE = Path("results/README.md"), Path("results/overview.png")  # under
 MADE_FROM = "Source"  # of the entries that a PNG file may have
 FAMILIES = {"P": "pruning", "Q": "quantization", "K": "distillation", "S": "parameter sharing", "T": "tensor decomposition",
             "L": "sub-quadratic attention"}  # fmt: skip
-
+SMALL = "As accurate in a smaller file is no other method's row"
+FAST = "As accurate and faster is no other method's row (each speed on the machine of its chapter)"
 
 # --- the README and the page of all rows ----------------------------------------------------------------------------
 
@@ -64,7 +66,8 @@ def with_results(text: str, contents: list[dict], alt: str) -> str:
 
 def overview(contents: list[dict], alt: str) -> str:
     """The README's results: the picture, per chapter the rows of the core track, and all verdicts."""
-    return "\n".join([f"![{alt}](notebooks/{PICTURE})\n", *(chapter(content, ("core",)) for content in contents)])
+    fronts = [f"*{what}:* {'; '.join(map(in_short, rows))}.\n" for what, rows in on_fronts(contents).items()]
+    return "\n".join([f"![{alt}](notebooks/{PICTURE})\n", *fronts, *(chapter(content, ("core",)) for content in contents)])
 
 
 def page(contents: list[dict]) -> str:
@@ -133,25 +136,65 @@ def words(figure: "Figure") -> str:
     return plots.describe(figure).replace("[", "(").replace("]", ")")
 
 
+def on_one_task(contents: list[dict]) -> list[Row]:
+    """All rows on the data of the first chapter: one task, one baseline."""
+    same = [content for content in contents if dataset_of(content) == dataset_of(contents[0])]
+    return [row for content in same for row in results.rows_of(content)[1]]
+
+
+def on_fronts(contents: list[dict]) -> dict[str, list[Row]]:
+    """In words how a row is judged -> the methods' rows than which none is as accurate and cheaper, from the cheapest on."""
+    methods = [row for row in on_one_task(contents) if row.method != "control"]
+    timed = [row for row in methods if own_speed(row)]
+    return {SMALL: front(methods, lambda row: row.stored_bytes), FAST: front(timed, lambda row: -row.speed(32))}
+
+
+def own_speed(row: Row) -> bool:
+    """Whether a speed of the row's own was measured."""
+    return bool(row.latency_ratio) and not row.simulated and row.latency_of is None
+
+
+def front(rows: list[Row], cost: Callable[[Row], float]) -> list[Row]:
+    """Each row that is more accurate than all that cost less."""
+    found: list[Row] = []
+    for row in sorted(rows, key=lambda row: (cost(row), -row.accuracy)):
+        if not found or row.accuracy > found[-1].accuracy:
+            found.append(row)
+    return found
+
+
+def in_short(row: Row) -> str:
+    """A row of the front: id, name, accuracy, megabytes, and its own speed where it has one."""
+    speed = f", ×{row.speed(32):.1f}" if own_speed(row) else ""
+    return f"{row.method} {row.label} ({100 * row.accuracy:.1f} %, {row.stored_bytes / 1e6:.1f} MB{speed})"
+
+
 def picture(contents: list[dict]) -> "Figure":
-    """Accuracy against bytes and, where a speed of its own was measured, against speed: every row, one colour a family.
+    """Accuracy against bytes and, where a speed of its own was measured, against speed: every row, one colour a family, ids on the fronts.
 
     One baseline, one task: chapters of another data set than the first one's are left to their tables.
     """
     from utils import plots
 
     baseline, _ = results.rows_of(contents[0])
-    contents = [content for content in contents if dataset_of(content) == dataset_of(contents[0])]
-    rows = [row for content in contents for row in results.rows_of(content)[1]]
+    rows, fronts = on_one_task(contents), on_fronts(contents)
     ids = sorted({row.method for row in rows if row.method != "control"})
     families = {name: tuple(id for id in ids if id.startswith(letter)) for letter, name in FAMILIES.items()}
     families = {name: members for name, members in families.items() if members} | {"controls": ("control",)}
-    core = {row.method for row in rows if row.track == "core"}
-    figure, panels = plots.figure(1, 2, width=4.5, height=4.2, sharey=True)
-    timed = [row for row in rows if not row.simulated and row.latency_of is None]
-    plots.plane(panels[0], rows, baseline, "stored_bytes", "artifact (MB)", "Accuracy against bytes", families, core)
+    figure, panels = plots.figure(1, 2, width=4.5, height=5, sharey=True)
+    for panel in panels:
+        panel.set_xscale("log")
+    timed = [row for row in rows if own_speed(row)]
+    plots.plane(panels[0], rows, baseline, "stored_bytes", "artifact (MB)", "Accuracy against bytes", families, fronts[SMALL])
     plots.plane(
-        panels[1], timed, baseline, "batch32", "speed at batch 32 (baseline = 1)", "Accuracy against speed", families, core
+        panels[1],
+        timed,
+        baseline,
+        "batch32",
+        "speed at batch 32 (baseline = 1)",
+        "Accuracy against speed",
+        families,
+        fronts[FAST],
     )
     plots.legend_below(figure, panels[0])
     return figure

@@ -298,6 +298,17 @@ def test_what_changed_since_a_revision(tmp_path, monkeypatch):
         report.changes(tmp_path / "notebooks", "cpu", "nowhere")
 
 
+def test_the_front_holds_what_nothing_cheaper_reaches():
+    rows = [a_row(method=id, label=id, accuracy=accuracy, stored_bytes=size, latency_ratio=None) for id, accuracy, size in
+            (("P-01", 0.7, 30), ("P-02", 0.8, 20), ("P-03", 0.6, 10), ("P-07", 0.8, 40), ("P-08", 0.9, 40), ("P-09", 0.6, 15))]  # fmt: skip
+    assert [row.method for row in report.front(rows, lambda row: row.stored_bytes)] == ["P-03", "P-02", "P-08"]
+    best = a_row(method="control", label="c", accuracy=1.0, stored_bytes=1)  # a control stands on no front
+    found = content(rows=[row.as_dict() for row in (*rows, best)])
+    small, fast = report.on_fronts([found]).values()
+    assert [row.method for row in small] == ["P-03", "P-02", "P-08"] and fast == []
+    assert report.in_short(small[0]) == "P-03 P-03 (60.0 %, 0.0 MB)"
+
+
 def test_readme_page_and_picture_show_what_the_committed_results_render_to():
     assert report.outdated(notebooks.NOTEBOOKS) == []
 
