@@ -263,21 +263,35 @@ class Board:
             raise CompanionError(f"no row is called {label!r} yet")
         return found[-1]
 
+    @property
+    def texts(self) -> str:
+        """What the texts of this task are called: sentences, or where they are long just texts."""
+        return "sentences" if self.profile.max_length <= profiles.PROFILES["gpu"].max_length else "texts"
+
+    @property
+    def measured(self) -> set[str]:
+        """The labels of the rows that this run measured itself: of an earlier run's there are no answers to compare."""
+        return set(self._logits)
+
+    def difference(self, first: str, second: str) -> metrics.Estimate:
+        """Accuracy of one row minus that of another in points, paired. Raises CompanionError for a row that this run did not measure."""
+        for label in (first, second):
+            if label not in self._logits:
+                raise CompanionError(f"nothing to compare: no row {label!r} was measured in this run")
+        return self.points(self._logits[first], self._logits[second])
+
     def compare(self, first: str, second: str) -> str:
         """A sentence: which of two rows is better, and by how much: the gain of the better one with its paired interval.
 
         Where no difference can be shown it is the gain of `first`.
         """
-        for label in (first, second):
-            if label not in self._logits:
-                raise CompanionError(f"nothing to compare: no row {label!r} was measured in this run")
-        gain = self.points(self._logits[first], self._logits[second])
+        gain = self.difference(first, second)
         if gain.low <= 0 <= gain.high:
             found = f"{gain.value:+.1f} points [{gain.low:+.1f}, {gain.high:+.1f}]"
-            text = f"{first} and {second}: no difference that {gain.n} sentences can show ({found})."
+            text = f"{first} and {second}: no difference that {gain.n} {self.texts} can show ({found})."
         else:
             better, worse = (first, second) if gain.value > 0 else (second, first)
-            gain = self.points(self._logits[better], self._logits[worse])  # the interval turns with the order
+            gain = self.difference(better, worse)  # the interval turns with the order
             text = f"{better} is {gain.value:.1f} points better than {worse} [{gain.low:+.1f}, {gain.high:+.1f}]."
         return textwrap.fill(text, results.COLUMNS)
 
@@ -301,17 +315,19 @@ class Board:
     def put(
         self, result: Trial | nn.Module, method: str, label: str, *, control_of: str | None = None, simulated: bool = False,
         effect: dict | None = None, acted: dict[str, Acted] | None = None, latency: dict[str, costs.Race] | None = None,
-        **hyperparameters,
+        reads: int | None = None, **hyperparameters,
     ) -> Row:  # fmt: skip
         """Put a trial, a model or an engine on the board; returns its row.
 
         `method` is the catalogue id (`control` for a control run, whose `control_of` names the id). `simulated` says that speed is
         emulated: then none is claimed. `acted` proves that the method did what its name says: mechanism number -> (value, at
         least, at most), an open bound is None. `latency` holds races in which the model ran under this label (engines are timed
-        so). Raises RowRefused.
+        so). `reads` is how many tokens of a text the model reads, where it cuts longer ones: its multiply-adds are those. Raises
+        RowRefused.
         """
         report_progress(f"{method} {label}")
-        fields = self._measure(result, label, simulated, latency)
+        fields = self._measure(result, label, simulated, latency, reads)
+        hyperparameters |= {} if reads is None else {"reads": reads}
         trained = result.phases if isinstance(result, Trial) else []
         row = Row(
             method=method, label=label, control_of=control_of, seed=getattr(result, "seed", self.seed), section=self._section,
@@ -325,13 +341,15 @@ class Board:
         print(row.summary())
         return row
 
-    def _measure(self, result: Trial | nn.Module, label: str, simulated: bool, latency: dict[str, costs.Race] | None) -> dict:
+    def _measure(
+        self, result: Trial | nn.Module, label: str, simulated: bool, latency: dict[str, costs.Race] | None, reads: int | None
+    ) -> dict:
         """All that is measured of a model, inside the context in which it runs."""
         model, within = trials.model_of(result)
         engine = hasattr(model, "stored")  # finished arithmetic around the baseline's weights: files of its own, no artifact
         with within(model):
             logits = training.predict(model, self.task.validation, self.task.tokenizer.pad_token_id)
-            own = {**self._forward_costs(model, engine), **self._latency(model, label, simulated, latency)}
+            own = {**self._forward_costs(model, engine, reads), **self._latency(model, label, simulated, latency)}
         self._logits[label] = logits
         stored = model.stored() if engine else self._store(model, getattr(result, "encoded", {}), within)
         effect = (
@@ -472,11 +490,11 @@ class Board:
         return {"control": f"{who}, {', then '.join(in_turn(phases))}", "difference": round(found.value, 6),
                 "ci95": costs.as_row(found)}  # fmt: skip
 
-    def _forward_costs(self, model: nn.Module, engine: bool = False) -> dict:
+    def _forward_costs(self, model: nn.Module, engine: bool = False, reads: int | None = None) -> dict:
         length = self.profile.latency_length
         if engine:
             return {"macs": self.baseline_row.macs, "macs_length": length, "peak_memory_bytes": None}
-        return {"macs": costs.macs(model, length), "macs_length": length,
+        return {"macs": costs.macs(model, min(length, reads or length)), "macs_length": length,
                 "peak_memory_bytes": costs.peak_memory(model, max(self.profile.latency_batches), length)}  # fmt: skip
 
     def _latency(self, model: nn.Module, label: str, simulated: bool, races: dict[str, costs.Race] | None) -> dict:

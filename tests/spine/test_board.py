@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from utils import CompanionError, encodings, training
+from utils import CompanionError, costs, encodings, training
 from utils.baseline import Phase, dense_control
 from utils.board import Board, RowRefused, flatten, in_turn
 from utils.claims import Evidence, exact
@@ -147,6 +147,30 @@ def test_a_context_holds_while_everything_is_measured_and_for_the_reloaded_artif
     assert row.effect["same_weights"] and row.effect["largest_logit_difference"] > 0
     assert row.macs != board.baseline_row.macs  # counted inside the context, where attention is another
     assert torch.equal(board.predict(board.dense), board.baseline.logits)  # the context is gone
+
+
+def test_a_model_that_cuts_its_texts_is_counted_at_what_it_reads(board):
+    row = board.put(board.trial(half), "P-03", "half, read at two tokens", reads=2)
+    length = board.profile.latency_length
+    assert row.macs == costs.macs(board.dense, 2) < board.baseline_row.macs and row.macs_length == length
+    assert row.hyperparameters["reads"] == 2
+    longer = board.put(board.trial(half), "P-03", "half, reads more than there is", reads=100 * length)
+    assert longer.macs == board.baseline_row.macs
+
+
+def test_the_difference_of_two_rows_is_paired(board, monkeypatch):
+    right = torch.nn.functional.one_hot(board.task.validation.labels, 2).float()
+    monkeypatch.setattr(board, "_logits", {"right": right, "wrong": -right})
+    assert board.difference("right", "wrong").value == 100 and board.difference("wrong", "right").value == -100
+    with pytest.raises(CompanionError, match="nothing to compare: no row 'gone'"):
+        board.difference("right", "gone")
+
+
+@pytest.mark.parametrize(("length", "name"), [(16, "sentences"), (128, "sentences"), (512, "texts")])
+def test_long_texts_are_no_sentences(board, monkeypatch, length, name):
+    monkeypatch.setattr(board, "profile", replace(board.profile, max_length=length))
+    monkeypatch.setattr(board, "_logits", {"one": board.baseline.logits, "two": board.baseline.logits})
+    assert f"that {len(board.task.validation)} {name} can show" in " ".join(board.compare("one", "two").split())
 
 
 def test_a_failed_method_costs_its_row_and_is_named(board, capsys):

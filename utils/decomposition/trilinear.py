@@ -19,7 +19,7 @@ from utils.training import autocast, check_batches
 
 ROWS, RANDOM = "rows", "random"
 STARTS = (ROWS, RANDOM)
-RIDGES = (0.01, 0.1, 1.0, 10.0)
+RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 PROJECTIONS = ("query", "key", "value")
 READ = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 Map = tuple[torch.Tensor, torch.Tensor]  # matrix (out, in), bias (out,)
