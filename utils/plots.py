@@ -209,12 +209,12 @@ def heatmap(
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Plain numbers at 1, 2 and 5 of every decade of a log scale, where powers of ten would collide or be none; at equal steps where
-    the scale is so short that only one of those falls on it."""
+    """Plain numbers at 1, 2 and 5 of every decade of a log scale, where powers of ten would collide or be none; where fewer than three
+    of them fall on it at more places, and on the shortest scales at equal steps."""
     low, high = sorted(axis.get_view_interval())
-    marks = LogLocator(subs=(1, 2, 5))
-    few = sum(low <= place <= high for place in marks.tick_values(low, high)) < 2
-    axis.set_major_locator(MaxNLocator(5) if few else marks)
+    choices = LogLocator(subs=(1, 2, 5)), LogLocator(subs=(1, 1.5, 2, 3, 5, 7))
+    enough = (marks for marks in choices if sum(low <= place <= high for place in marks.tick_values(low, high)) > 2)
+    axis.set_major_locator(next(enough, MaxNLocator(5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 

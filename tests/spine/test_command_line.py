@@ -323,7 +323,7 @@ def test_the_readme_takes_the_full_profile_where_there_is_one(companion, out, tm
     assert companion("report", "--out", str(out), "--readme") == (0, "", "")
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale table" not in text
-    assert "in full" in text and "profile full" in text and text.count("heads by [/]") == 1 and "of a section" not in text
+    assert "in full" in text and "profile full" in text and text.count("| heads by [/] |") == 1 and "of a section" not in text
 
 
 def test_the_picture_shows_one_task_and_leaves_others_to_their_tables():
