@@ -19,8 +19,8 @@ PAGE, PICTURE = Path("results/README.md"), Path("results/overview.png")  # under
 MADE_FROM = "Source"  # of the entries that a PNG file may have
 FAMILIES = {"P": "pruning", "Q": "quantization", "K": "distillation", "S": "parameter sharing", "T": "tensor decomposition",
             "L": "sub-quadratic attention"}  # fmt: skip
-SMALL = "As accurate in a smaller file is no other method's row"
-FAST = "As accurate and faster is no other method's row (each speed on the machine of its chapter)"
+SMALL = "Front of bytes (no other method's row is as accurate in a smaller file)"
+FAST = "Front of speed (none is as accurate and faster; each speed holds for the machine of its chapter)"
 
 # --- the README and the page of all rows ----------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ def on_fronts(contents: list[dict]) -> dict[str, list[Row]]:
 
 def own_speed(row: Row) -> bool:
     """Whether a speed of the row's own was measured."""
-    return bool(row.latency_ratio) and not row.simulated and row.latency_of is None
+    return bool(row.latency_ratio) and row.latency_of is None  # an emulated row has no speed at all
 
 
 def front(rows: list[Row], cost: Callable[[Row], float]) -> list[Row]:
@@ -181,21 +181,12 @@ def picture(contents: list[dict]) -> "Figure":
     ids = sorted({row.method for row in rows if row.method != "control"})
     families = {name: tuple(id for id in ids if id.startswith(letter)) for letter, name in FAMILIES.items()}
     families = {name: members for name, members in families.items() if members} | {"controls": ("control",)}
+    views = ((rows, "stored_bytes", "artifact (MB)", "Accuracy against bytes", fronts[SMALL]),
+             (list(filter(own_speed, rows)), "batch32", "speed at batch 32 (baseline = 1)", "Accuracy against speed", fronts[FAST]))  # fmt: skip
     figure, panels = plots.figure(1, 2, width=4.5, height=5, sharey=True)
-    for panel in panels:
+    for panel, (shown, x, xlabel, title, named) in zip(panels, views, strict=True):
         panel.set_xscale("log")
-    timed = [row for row in rows if own_speed(row)]
-    plots.plane(panels[0], rows, baseline, "stored_bytes", "artifact (MB)", "Accuracy against bytes", families, fronts[SMALL])
-    plots.plane(
-        panels[1],
-        timed,
-        baseline,
-        "batch32",
-        "speed at batch 32 (baseline = 1)",
-        "Accuracy against speed",
-        families,
-        fronts[FAST],
-    )
+        plots.plane(panel, shown, baseline, x, xlabel, title, families, named)
     plots.legend_below(figure, panels[0])
     return figure
 
@@ -215,7 +206,7 @@ def side_by_side(out: Path, profile: str) -> dict[str, dict[str, dict[str, str]]
         content = results.read(file)
         machine, lines = results.machine_of(content), found.setdefault(content["chapter"], {})
         for row in results.rows_of(content)[1]:
-            if row.latency_ratio and row.latency_of is None:
+            if own_speed(row):
                 lines.setdefault(f"{row.method} {row.label}", {})[machine] = row.speeds()
         for claim in content["claims"]:
             if claim["unit"] == "round":
