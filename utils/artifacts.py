@@ -13,8 +13,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +24,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
-from utils import CompanionError, bert, checkpoints, encodings, parts, structure
+from utils import CompanionError, bert, cache, checkpoints, encodings, parts, structure
 from utils import header as headers
 from utils.encodings import Encoded
 from utils.parts.embeddings import WordVectors
@@ -82,16 +80,11 @@ def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _write(tensors: dict[str, torch.Tensor], path: Path, header: str) -> None:
     """Write under another name and then rename: whoever is killed meanwhile leaves no half file under this one."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, beside, metadata={"companion": header})
-        os.replace(beside, path)
+        with cache.replaced(path) as beside:
+            save_file(tensors, beside, metadata={"companion": header})
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be written: {_line(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def describe(model: nn.Module) -> dict:

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
@@ -141,18 +141,26 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside this one to write into; on leaving it takes this one's place, so that readers see the old or the new, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:  # a full disk, above all
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that readers see the old or the new content, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:  # a full disk, above all
-        os.unlink(temporary)
-        raise
+    with replaced(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def remove_halves(path: Path) -> None:
