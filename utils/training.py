@@ -70,9 +70,12 @@ def train(
     log = TrainingLog(0.0, steps, 0, [])
     start = time.perf_counter()
     torch.manual_seed(seed)
-    short = device.type == "cpu" and max(map(len, task.train.input_ids)) <= EAGER_LENGTH
-    fast = bert.fastest_attention(model, "eager" if short else "sdpa")
-    with frozen_embeddings(model, not train_embeddings), fast, steady_memory(), training_mode(model):
+    with (
+        frozen_embeddings(model, not train_embeddings),
+        _fastest_attention(model, task.train),
+        steady_memory(),
+        training_mode(model),
+    ):
         optimizer, schedule = make_optimizer(model, steps, learning_rate, parameters, hold)
         for step, batch in enumerate(
             endless_batches(task.train, profile.batch_size, task.tokenizer.pad_token_id, seed, steps), 1
@@ -84,6 +87,12 @@ def train(
             schedule.step()
     log.seconds = time.perf_counter() - start
     return log
+
+
+def _fastest_attention(model: nn.Module, split: Split) -> contextlib.AbstractContextManager:
+    """Of two kernels of the stock attention the faster one for these texts on this device; an attention of its own stays."""
+    short = next(model.parameters()).device.type == "cpu" and max(map(len, split.input_ids)) <= EAGER_LENGTH
+    return bert.fastest_attention(model, "eager" if short else "sdpa")
 
 
 def make_optimizer(
@@ -163,11 +172,9 @@ def predict(
     `dtype` is the precision of the matrix products: by default bfloat16 where the hardware has it.
     """
     device = next(model.parameters()).device
-    short = device.type == "cpu" and max(map(len, split.input_ids)) <= EAGER_LENGTH
     rows, found = [], []
     model.eval()
-    fast = bert.fastest_attention(model, "eager" if short else "sdpa")
-    with torch.inference_mode(), steady_memory(), autocast(device, dtype), fast:
+    with torch.inference_mode(), steady_memory(), autocast(device, dtype), _fastest_attention(model, split):
         for batch in batches(split, batch_size, pad_token_id):
             inputs = to_device(batch, device)
             found.append(model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float().cpu())
