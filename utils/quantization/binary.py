@@ -182,7 +182,7 @@ def real_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def clip_latent(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Hook for `train(after_step=...)`: w <- clip(w, -H, H). Beyond H a weight has no more effect, and could not come back."""
+    """Hook for `train(after_step=...)`: w <- clip(w, -H, H). Beyond H a larger weight changes nothing, and would take long to come back."""
     for w, quantizer in latent_weights(model, ConnectQuantizer):
         w.clamp_(-quantizer.H, quantizer.H)
 
