@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from utils import artifacts, bert
 from utils.metrics import Estimate
 from utils.parts.projected import LinformerAttention
-from utils.subquadratic import adaptation, linear
+from utils.subquadratic import adaptation, linear, sorting
 from utils.subquadratic.adaptation import Plan, Point, Recipe
 
 INPUTS = ("input_ids", "attention_mask")
@@ -132,6 +132,25 @@ def swapped(dense: nn.Module, projected_length: int = 4, sharing: str = "headwis
     return model
 
 
+@pytest.mark.method("L-06b")
+def test_errors_are_means_over_batches_and_every_batch_is_taught(dense, batch):
+    model, other = swapped(dense), {**batch, "input_ids": (batch["input_ids"] + 7) % 100}
+    one, two, both = (adaptation.layer_errors(model, dense, given) for given in ([batch], [other], [batch, other]))
+    assert both == pytest.approx([(a + b) / 2 for a, b in zip(one, two, strict=True)], rel=1e-4)
+    assert sum(one) != pytest.approx(sum(two), rel=1e-3)
+    fit = adaptation.distill_layers(model, dense, [batch, other], [batch], Recipe(4, 1e-12))
+    assert fit.losses == pytest.approx([sum(one), sum(two)] * 2, rel=1e-4)
+
+
+@pytest.mark.method("L-07")
+def test_attentions_are_taught_in_training_mode(dense, batch):
+    sorting.sinkhorn_transformer(model := copy.deepcopy(dense), block=2)
+    part, seen = model.bert.encoder.layer[0].attention.self, []
+    part.register_forward_pre_hook(lambda module, args: seen.append(module.training))
+    adaptation.distill_layers(model, dense, [batch], [batch], Recipe(2, 1e-3, "all"))
+    assert seen == [False, True, True, False]  # measured, taught twice, measured
+
+
 @pytest.mark.method("L-06b", "L-06d")
 @pytest.mark.parametrize("sharing", ["headwise", "layerwise"])
 def test_distillation_brings_every_layer_nearer_and_changes_what_it_may(sharing, dense, batch):
@@ -201,6 +220,33 @@ def test_what_cannot_be_distilled_is_refused(dense, batch):
 
 def points(seconds: dict[int, float]) -> list[Point]:
     return [Point(n, Estimate(t, t, t, 1), 1000 * n) for n, t in seconds.items()]
+
+
+def test_a_pass_without_gradients_builds_no_graph(dense):
+    seen = []
+    adaptation.Pass(dense, lambda: seen.append(torch.is_inference_mode_enabled()))()
+    assert seen == [True]
+
+
+def test_a_short_pass_is_repeated_and_its_time_is_the_mean(monkeypatch):
+    now, runs = [0.0], []
+
+    class Fake:
+        device = torch.device("cpu")
+
+        def __call__(self) -> None:
+            runs.append(1)
+            now[0] += 0.01
+
+    monkeypatch.setattr(adaptation.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(adaptation.costs, "highest_allocation", lambda run, device: 1)
+    found = adaptation.measure_scaling({"short": lambda n: Fake()}, Plan((100,), rounds=3, shortest=0.05))
+    assert found["short"][0].seconds.value == pytest.approx(0.01) and len(runs) == 1 + 3 * 5
+
+
+def test_exponents_end_at_the_last_length():
+    found = adaptation.exponents(points({n: 1e-6 * n if n <= 2048 else 1.0 for n in adaptation.LENGTHS}), 512, 2048)
+    assert found["seconds"].n == 3 and found["seconds"].value == pytest.approx(1)
 
 
 def test_an_exponent_is_the_slope_of_a_power_law_with_students_interval():

@@ -395,3 +395,13 @@ def test_overlap_of_maps_with_the_same_scores_is_all_but_what_a_token_gives_itse
     own = (q @ nn.functional.normalize(q, dim=-1).mT).softmax(-1)
     kept = 1 - own.diagonal(dim1=-2, dim2=-1).mean()
     assert map_overlap(attention, part, x) == pytest.approx(float(kept), abs=1e-5) and 0.1 < kept < 0.9
+
+
+@pytest.mark.method("L-04")
+def test_each_layer_is_calibrated_on_its_own_inputs_and_has_its_own_seed(tiny, batch):
+    moments, old = input_moments(tiny, [batch]), [layer.attention.self for layer in tiny.bert.encoder.layer]
+    reformer(tiny, batches=[batch])
+    for number, (layer, attention) in enumerate(zip(tiny.bert.encoder.layer, old, strict=True)):
+        weight, _ = hashing.shared_projection(attention.query, attention.key, 4, "nearest", moments[number])
+        torch.testing.assert_close(layer.attention.self.query.weight, weight)
+        assert layer.attention.self.seed == number

@@ -97,6 +97,28 @@ def dense_with_mask(part: SelfAttention, hidden: torch.Tensor, seen: torch.Tenso
 
 @pytest.mark.method("L-01", "L-02", "L-03", "L-12a", "L-12b", "L-12c")
 @every_pattern
+def test_looking_at_a_part_changes_none_of_its_weights(name, dense):
+    PUT[name](dense)
+    part = dense.bert.encoder.layer[0].attention.self
+    before = copy.deepcopy(part.state_dict())
+    patterns.seen(part, 30)
+    assert all(torch.equal(before[key], value) for key, value in part.state_dict().items())
+
+
+@pytest.mark.method("L-12a")
+def test_a_summary_says_what_is_heard_in_the_last_layer(dense, batch):
+    attention = patterns.mean_attention(dense, {key: batch[key][:1] for key in ("input_ids", "attention_mask")})
+    patterns.window_attention(model := copy.deepcopy(dense), 4)
+    assert patterns.summary(model, dense, attention, 60)["heard by [CLS]"] == 1 + 2 * 2
+
+
+@pytest.mark.method("L-01")
+def test_of_an_odd_number_of_heads_the_larger_half_stays_local():
+    assert patterns.head_shifts(3, 3) == [0, 0, 1]
+
+
+@pytest.mark.method("L-01", "L-02", "L-03", "L-12a", "L-12b", "L-12c")
+@every_pattern
 def test_outputs_are_those_of_dense_attention_with_the_mask_whatever_the_padding(name):
     """Each row alone, without its padding, is the oracle of the row in its batch."""
     part, (hidden, mask) = make_part(name), padded_batch()

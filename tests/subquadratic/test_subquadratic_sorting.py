@@ -409,3 +409,15 @@ def test_a_sentence_has_the_same_logits_alone(kind, tiny, batch):
     for row, length in enumerate((9, 7, 5, 9)):
         alone = tiny(**{name: batch[name][row : row + 1, :length] for name in INPUTS}).logits
         torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.method("L-07")
+def test_rows_count_in_the_balance_error_too():
+    assert balance_error(torch.tensor([[0.5, 0.3], [0.5, 0.7]])) == pytest.approx(0.2)  # columns sum to 1
+
+
+@pytest.mark.method("L-07")
+def test_the_longest_text_has_a_place_for_its_last_short_block(tiny):
+    sinkhorn_transformer(tiny, block=7)
+    length = tiny.config.max_position_embeddings
+    assert length % 7 and tiny.bert.encoder.layer[0].attention.self.options()["max_blocks"] == -(-length // 7)
