@@ -40,6 +40,7 @@ class Profile:
     language_steps: int  # masked language modelling of a small head or student (chapter 03)
     unlabelled_size: int  # sentences without labels (chapter 03)
     claim_steps: int  # recovery budget inside a claim that repeats trainings over seeds
+    student_claim_steps: int  # the same of a student, which begins at the floor and must leave it before two arms can differ
     seeds: tuple[int, ...]  # the unit of every claim that compares trainings
     calibration_size: int  # sentences that a method may look at to score weights
     selection_size: int  # training sentences that nobody trains on, for every choice and for maps with an evaluation per cell
@@ -56,14 +57,14 @@ PROFILES = {
         name="smoke", num_layers=2, vocabulary=2000, neurons=576, train_size=96, validation_size=32, max_length=16, batch_size=8,
         baseline_steps=6, baseline_learning_rate=2e-4, recovery_steps=2, recovery_learning_rate=1e-4, few_bits_learning_rate=3e-4,
         student_steps=2, student_learning_rate=2e-4, language_steps=2, unlabelled_size=16,
-        claim_steps=2, seeds=(0,), calibration_size=8, selection_size=8, sparsities=(0.0, 0.5),
+        claim_steps=2, student_claim_steps=2, seeds=(0,), calibration_size=8, selection_size=8, sparsities=(0.0, 0.5),
         lengths=(32, 64), latency_seconds=0.005, latency_length=4, latency_rounds=1,
     ),
     "cpu": Profile(
         name="cpu", num_layers=None, vocabulary=None, neurons=None, train_size=None, validation_size=None, max_length=64, batch_size=32,
         baseline_steps=400, baseline_learning_rate=1e-4, recovery_steps=60, recovery_learning_rate=5e-5, few_bits_learning_rate=3e-4,
         student_steps=200, student_learning_rate=2e-4, language_steps=300, unlabelled_size=4000,
-        claim_steps=30, seeds=(0,), calibration_size=256, selection_size=512,
+        claim_steps=30, student_claim_steps=30, seeds=(0,), calibration_size=256, selection_size=512,
         sparsities=(0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
         lengths=(32, 128, 256, 512), latency_seconds=0.06, latency_length=32, latency_rounds=3,
     ),
@@ -71,7 +72,7 @@ PROFILES = {
         name="full", num_layers=None, vocabulary=None, neurons=None, train_size=None, validation_size=None, max_length=64, batch_size=32,
         baseline_steps=400, baseline_learning_rate=1e-4, recovery_steps=80, recovery_learning_rate=5e-5, few_bits_learning_rate=3e-4,
         student_steps=250, student_learning_rate=2e-4, language_steps=400, unlabelled_size=6000,
-        claim_steps=60, seeds=(0, 1, 2, 3, 4), calibration_size=512, selection_size=512,
+        claim_steps=60, student_claim_steps=120, seeds=(0, 1, 2, 3, 4), calibration_size=512, selection_size=512,
         sparsities=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
         lengths=(32, 128, 256, 512), latency_seconds=0.2, latency_length=32, latency_rounds=5,
     ),
@@ -80,7 +81,7 @@ PROFILES = {
 
 PROFILES["gpu"] = replace(
     PROFILES["full"], name="gpu", max_length=128, recovery_steps=300, recovery_learning_rate=1e-4, claim_steps=300,
-    student_steps=600, language_steps=1500, unlabelled_size=12000,
+    student_claim_steps=300, student_steps=600, language_steps=1500, unlabelled_size=12000,
 )  # fmt: skip
 
 
