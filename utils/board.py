@@ -388,10 +388,13 @@ class Board:
         chosen = [row for row in self.rows if not methods or {row.method, row.control_of} & set(methods)]
         return results.as_frame(chosen, self.baseline_row)
 
-    def verdicts(self) -> pandas.DataFrame:
-        """All claims so far, a line each."""
-        lines = [(claim.id, claim.verdict, claim.statement, claim.unit) for claim in self.claims]
-        return pandas.DataFrame(lines, columns=["claim", "verdict", "statement", "unit"]).set_index("claim")
+    def verdicts(self) -> None:
+        """Print all claims so far, each with its verdict and unit, folded: no statement is cut."""
+        if not self.claims:
+            print("No claim has been judged so far: on the track core a chapter judges few or none.")
+        for claim in self.claims:
+            line = f"{claim.id}, {claim.verdict}: {claim.statement} (unit: {claim.unit})"
+            print(textwrap.fill(line, results.COLUMNS, subsequent_indent="    "))
 
     def close(self) -> Path:
         """Write `results/<profile>/<chapter>.json` under $COMPANION_OUT (default: runs/) and return its path.

@@ -230,7 +230,15 @@ def test_claims_about_time_name_their_machine(board, capsys):
     other = board.claim("C3", "It is small", "someone", "arithmetic", [Evidence("size", exact(1.0), "below", 1.1)])
     assert timed.machine == board.machine and other.machine is None
     assert board.machine in capsys.readouterr().out
-    assert set(board.verdicts().index) >= {"C2", "C3"}
+    long = board.claim(
+        "C4", "It is " + "very " * 30 + "long", "someone", "arithmetic", [Evidence("size", exact(1.0), "below", 1.1)]
+    )
+    capsys.readouterr()
+    board.verdicts()
+    printed = capsys.readouterr().out
+    for claim in (timed, other, long):
+        line = f"{claim.id}, supported: {claim.statement} (unit: {claim.unit})"
+        assert line in " ".join(printed.split()) and max(map(len, printed.splitlines())) < 120
 
 
 def test_the_journal_gives_back_finished_sections_only(board, tmp_path, monkeypatch):
