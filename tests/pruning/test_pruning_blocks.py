@@ -343,3 +343,18 @@ def test_removed_weights_stay_removed_in_banks(model):
     first = blocks.bank_balanced_masks(model, 4, 2)
     hold_masks(model, first)
     assert not any((mask & ~first[name]).any() for name, mask in blocks.bank_balanced_masks(model, 8, 2).items())
+
+
+@pytest.mark.method("P-15")
+def test_a_removed_block_stays_removed_whatever_lies_under_its_mask(model):
+    hook = blocks.block_pruning(0.5, RAMP, (2, 2))
+    hook(2, model, None)
+    hook(4, model, None)
+    before = held_masks(model)
+    assert sparsity_of(before) > 0
+    with torch.no_grad():
+        for m in matrices(model):
+            dense_weight(m)[~before[m.name]] = 9.0
+    for step in (6, 8):
+        hook(step, model, None)
+        assert not any((mask & ~before[name]).any() for name, mask in held_masks(model).items())

@@ -891,3 +891,31 @@ def test_hooks_work_inside_the_training_loop(model, batches, task, name):
     release_masks(model)
     assert np.isfinite(log.losses).all() and not torch.equal(start, model.bert.encoder.layer[0].output.dense.bias)
     assert zero_share(model) == pytest.approx(0.5, abs=2e-3)
+
+
+# --- what a mutation found untested -----------------------------------------------------------------------------------
+
+
+@pytest.mark.method("P-01")
+def test_every_batch_gets_signs_of_its_own(model, batches):
+    def diagonal(count, seed):
+        found = hessian.hessian_diagonal(model, batches[:1] * count, ("classifier",), samples=1, seed=seed)
+        return found["classifier.weight"]
+
+    torch.testing.assert_close(diagonal(2, 0), (diagonal(1, 0) + diagonal(1, 1)) / 2)
+
+
+@pytest.mark.method("P-02")
+def test_damping_is_a_hundredth_of_the_mean_curvature():
+    H = torch.diag(torch.tensor([1.0, 3.0]).double())
+    torch.testing.assert_close(hessian.damped_inverse(H).diagonal(), 1 / (H.diagonal() + 0.02))
+
+
+@pytest.mark.method("P-06")
+def test_every_matrix_has_a_threshold_of_its_own(model):
+    with torch.no_grad():
+        model.get_parameter(FIRST).mul_(100)
+    hook = iterative.narang_pruning(0.7, start=2, ramp=6, end=12, frequency=2)
+    for step in (2, 4):
+        hook(step, model, None)
+    assert all(0.1 < 1 - mask.float().mean().item() < 0.3 for mask in held_masks(model).values())
