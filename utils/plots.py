@@ -12,6 +12,7 @@ from IPython.display import HTML, display
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.category import StrCategoryLocator
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter
 
@@ -73,6 +74,11 @@ def describe_panel(axes: Axes) -> str:
     head = (axes.get_title() or "Panel") + (f" ({axis_names})" if axis_names else "")
     lines = [describe_line(line.get_label(), line.get_xdata(), line.get_ydata()) for line in axes.lines if not_internal(line)]
     bars = [describe_bars(axes, container) for container in axes.containers if hasattr(container, "patches")]
+    lines += [
+        describe_line(one.get_label(), *one.lines[0].get_data())
+        for one in axes.containers
+        if isinstance(one, ErrorbarContainer) and one.lines[0] is not None and not_internal(one)
+    ]  # their lines have no names
     clouds = [f"{cloud.get_label()}: {count} point{'s' * (count > 1)}" for cloud in axes.collections
               if not_internal(cloud) and (count := len(cloud.get_offsets()))]  # fmt: skip
     maps = [describe_map(axes, image.get_array()) for image in axes.images]

@@ -188,3 +188,10 @@ def test_show_gives_image_alt_text_and_words_that_nbconvert_writes(monkeypatch):
     escaped = description.replace("<a>", "&lt;a&gt;")
     assert f'alt="{escaped}"' in pages["classic"]
     assert all(page.count("<img ") == 1 and f"</summary>{escaped}</details>" in page for page in pages.values())
+
+
+def test_series_with_error_bars_are_told_by_their_names(axes):
+    axes.errorbar([1, 2, 3], [4.0, 9.0, 2.0], [0.1, 0.2, 0.3], label="dense")
+    axes.errorbar([1], [5.0], [0.1], label="_internal")
+    text = plots.describe(axes.figure)
+    assert "dense from 4 to 2 (lowest 2, highest 9)" in text and "internal" not in text
