@@ -237,7 +237,7 @@ def test_claims_about_time_name_their_machine(board, capsys):
     board.verdicts()
     printed = capsys.readouterr().out
     for claim in (timed, other, long):
-        line = f"{claim.id}, supported: {claim.statement} (unit: {claim.unit})"
+        line = f"{claim.id}, {claim.verdict}: {claim.statement} (unit: {claim.unit})"
         assert line in " ".join(printed.split()) and max(map(len, printed.splitlines())) < 120
 
 
