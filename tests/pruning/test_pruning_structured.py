@@ -319,6 +319,12 @@ def test_importance_equals_output_times_gradient():
     close(heads.gate_importance(model, [batch])[0][1], expected.detach(), 1e-5)
 
 
+@pytest.mark.method("P-19", "P-24")
+def test_importance_does_not_see_dropout():
+    batch, training = make_batch(), tiny(hidden_dropout_prob=0.5).train()
+    close(heads.gate_importance(training, [batch])[0], heads.gate_importance(tiny(), [batch])[0])
+
+
 @pytest.mark.method("P-19")
 def test_iterative_head_pruning_follows_the_scores():
     model, batches = tiny(), [make_batch()]
@@ -533,6 +539,17 @@ def test_l0_penalty_is_lambda_times_expected_open_gates():
     assert values[1] - values[0] == pytest.approx(0.1 * heads.open_probability(log_alpha).sum().item(), rel=1e-4)
 
 
+@pytest.mark.method("P-21")
+def test_every_batch_draws_gates_of_its_own():
+    model, batch, log_alpha = tiny(), make_batch(), torch.zeros(LAYERS, HEADS)
+    loss = heads.l0_loss(log_alpha, 0.0, torch.Generator().manual_seed(0))
+    same = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        with heads.head_gates(model, heads.hard_concrete(log_alpha, generator=same)):
+            expected = sentence_losses(model, batch).mean().item()
+        assert loss(model, batch).item() == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.method("P-24")
 def test_structure_importance_is_scaled():
     of_heads, of_ffns = heads.structure_importance(tiny(), [make_batch()])
@@ -550,6 +567,23 @@ def test_structure_pruning_runs_three_phases():
     # joint: 4 heads and 1 block, until it fails; then 2 heads; then 1 block, each from the last acceptable step
     assert open_parts == [(16, 4), (12, 3), (8, 2), (10, 3), (8, 3), (10, 2), (10, 1)]
     assert heads.last_acceptable(path) is path[5]
+
+
+@pytest.mark.method("P-24")
+def test_by_default_a_tenth_of_the_heads_and_one_block_go():
+    metrics = iter([1.0, 0.91, 0.89, 0.89, 0.89])
+    path = heads.prune_structures(tiny(), [make_batch()], lambda model: next(metrics))
+    found = [(int(step.heads.sum()), int(step.ffns.sum())) for step in path]
+    assert found == [(16, 4), (15, 3), (14, 2), (14, 3), (15, 2)]
+
+
+@pytest.mark.method("P-24")
+def test_structures_are_scored_again_under_all_that_is_closed(monkeypatch):
+    asked, score = [], heads.structure_importance
+    monkeypatch.setattr(heads, "structure_importance", lambda *args: asked.append(args[2:]) or score(*args))
+    path = heads.prune_structures(tiny(), [make_batch()], closeness, step=0.25, threshold=0.0)
+    for step, (of_heads, of_ffns) in zip(path[:-1], asked, strict=True):
+        assert torch.equal(of_heads, step.heads) and torch.equal(of_ffns, step.ffns)
 
 
 @pytest.mark.method("P-24")
@@ -748,41 +782,12 @@ def test_layer_scores_ignore_padding():
     close(layers.layer_scores(model, batch, weight), torch.stack(alone).mean(0), 1e-4)
 
 
-# --- what is scored, on what, and how often ---------------------------------------------------------------------------
-
-
-@pytest.mark.method("P-24")
-def test_structures_are_scored_again_under_all_that_is_closed(monkeypatch):
-    asked, score = [], heads.structure_importance
-    monkeypatch.setattr(heads, "structure_importance", lambda *args: asked.append(args[2:]) or score(*args))
-    path = heads.prune_structures(tiny(), [make_batch()], closeness, step=0.25, threshold=0.0)
-    for step, (of_heads, of_ffns) in zip(path[:-1], asked, strict=True):
-        assert torch.equal(of_heads, step.heads) and torch.equal(of_ffns, step.ffns)
-
-
-@pytest.mark.method("P-24")
-def test_by_default_a_tenth_of_the_heads_and_one_block_go():
-    metrics = iter([1.0, 0.91, 0.89, 0.89, 0.89])
-    path = heads.prune_structures(tiny(), [make_batch()], lambda model: next(metrics))
-    found = [(int(step.heads.sum()), int(step.ffns.sum())) for step in path]
-    assert found == [(16, 4), (15, 3), (14, 2), (14, 3), (15, 2)]
-
-
-@pytest.mark.method("P-21")
-def test_every_batch_draws_gates_of_its_own():
-    model, batch, log_alpha = tiny(), make_batch(), torch.zeros(LAYERS, HEADS)
-    loss = heads.l0_loss(log_alpha, 0.0, torch.Generator().manual_seed(0))
-    same = torch.Generator().manual_seed(0)
-    for _ in range(2):
-        with heads.head_gates(model, heads.hard_concrete(log_alpha, generator=same)):
-            expected = sentence_losses(model, batch).mean().item()
-        assert loss(model, batch).item() == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.method("P-19", "P-24")
-def test_importance_does_not_see_dropout():
-    batch, training = make_batch(), tiny(hidden_dropout_prob=0.5).train()
-    close(heads.gate_importance(training, [batch])[0], heads.gate_importance(tiny(), [batch])[0])
+@pytest.mark.method("P-23c")
+def test_learned_layers_look_at_all_batches():
+    model, both = tiny(), [make_batch(seed=0), make_batch(seed=1)]
+    weight = torch.randn(LAYERS, HIDDEN, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([layers.layer_scores(model, batch, weight) for batch in both]).mean(0).softmax(0)
+    close(layers.learned_layers(model, both, weight, 2)[1], expected)
 
 
 @pytest.mark.method("P-23c")
@@ -794,11 +799,3 @@ def test_a_layer_is_scored_by_its_own_output():
         states = model.bert(**inputs, output_hidden_states=True).hidden_states
     expected = [(weight[d] * states[d + 1][0].mean(0).tanh()).sum() for d in range(LAYERS)]
     close(layers.layer_scores(model, batch, weight), torch.stack(expected), 1e-4)
-
-
-@pytest.mark.method("P-23c")
-def test_learned_layers_look_at_all_batches():
-    model, both = tiny(), [make_batch(seed=0), make_batch(seed=1)]
-    weight = torch.randn(LAYERS, HIDDEN, generator=torch.Generator().manual_seed(0))
-    expected = torch.stack([layers.layer_scores(model, batch, weight) for batch in both]).mean(0).softmax(0)
-    close(layers.learned_layers(model, both, weight, 2)[1], expected)

@@ -124,6 +124,15 @@ def test_hutchinson_is_exact_at_once_for_a_diagonal_hessian():
 
 
 @pytest.mark.method("P-01")
+def test_every_batch_gets_signs_of_its_own(model, batches):
+    def diagonal(count, seed):
+        found = hessian.hessian_diagonal(model, batches[:1] * count, ("classifier",), samples=1, seed=seed)
+        return found["classifier.weight"]
+
+    torch.testing.assert_close(diagonal(2, 0), (diagonal(1, 0) + diagonal(1, 1)) / 2)
+
+
+@pytest.mark.method("P-01")
 def test_hessian_diagonal_of_a_bert_classifier(model, batches):
     def loss(weight):
         total = 0.0
@@ -258,6 +267,12 @@ def test_inverse_hessian_recursion_is_the_inverse():
     g = torch.randn(30, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     direct = torch.linalg.inv(1e-3 * torch.eye(8, dtype=torch.float64) + g.T @ g / 30)
     torch.testing.assert_close(hessian.inverse_hessian_recursion(g, 1e-3), direct)
+
+
+@pytest.mark.method("P-02")
+def test_damping_is_a_hundredth_of_the_mean_curvature():
+    H = torch.diag(torch.tensor([1.0, 3.0]).double())
+    torch.testing.assert_close(hessian.damped_inverse(H).diagonal(), 1 / (H.diagonal() + 0.02))
 
 
 @pytest.mark.method("P-02")
@@ -467,6 +482,16 @@ def test_bad_narang_schedules():
     for times in ((5, 3, 9, 1), (1, 10, 9, 1), (3, 3, 3, 1), (1, 2, 3, 0), (0, 2, 3, 1)):
         with pytest.raises(ValueError, match="start <= ramp <= end"):
             iterative.narang_pruning(0.9, **dict(zip(("start", "ramp", "end", "frequency"), times, strict=True)))
+
+
+@pytest.mark.method("P-06")
+def test_every_matrix_has_a_threshold_of_its_own(model):
+    with torch.no_grad():
+        model.get_parameter(FIRST).mul_(100)
+    hook = iterative.narang_pruning(0.7, start=2, ramp=6, end=12, frequency=2)
+    for step in (2, 4):
+        hook(step, model, None)
+    assert all(0.1 < 1 - mask.float().mean().item() < 0.3 for mask in held_masks(model).values())
 
 
 # --- P-07 AGP, P-08 transformers.zip ------------------------------------------------------------------------------------
@@ -891,31 +916,3 @@ def test_hooks_work_inside_the_training_loop(model, batches, task, name):
     release_masks(model)
     assert np.isfinite(log.losses).all() and not torch.equal(start, model.bert.encoder.layer[0].output.dense.bias)
     assert zero_share(model) == pytest.approx(0.5, abs=2e-3)
-
-
-# --- what a mutation found untested -----------------------------------------------------------------------------------
-
-
-@pytest.mark.method("P-01")
-def test_every_batch_gets_signs_of_its_own(model, batches):
-    def diagonal(count, seed):
-        found = hessian.hessian_diagonal(model, batches[:1] * count, ("classifier",), samples=1, seed=seed)
-        return found["classifier.weight"]
-
-    torch.testing.assert_close(diagonal(2, 0), (diagonal(1, 0) + diagonal(1, 1)) / 2)
-
-
-@pytest.mark.method("P-02")
-def test_damping_is_a_hundredth_of_the_mean_curvature():
-    H = torch.diag(torch.tensor([1.0, 3.0]).double())
-    torch.testing.assert_close(hessian.damped_inverse(H).diagonal(), 1 / (H.diagonal() + 0.02))
-
-
-@pytest.mark.method("P-06")
-def test_every_matrix_has_a_threshold_of_its_own(model):
-    with torch.no_grad():
-        model.get_parameter(FIRST).mul_(100)
-    hook = iterative.narang_pruning(0.7, start=2, ramp=6, end=12, frequency=2)
-    for step in (2, 4):
-        hook(step, model, None)
-    assert all(0.1 < 1 - mask.float().mean().item() < 0.3 for mask in held_masks(model).values())
