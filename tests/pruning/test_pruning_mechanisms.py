@@ -1,12 +1,14 @@
 """Scope, order and defaults of pruning methods: what is cut, by which rule, with which data. Each test once had a mutant that lived."""
 
 import copy
+import re
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from utils import notebooks, profiles
 from utils.bert import dense_weight, matrices
 from utils.pruning import densify, heads, hessian, layers
 from utils.pruning.iterative import agp_pruning
@@ -25,6 +27,19 @@ def test_pruning_back_keeps_the_largest_active_weights(tiny):
         dense_weight(first).copy_(torch.arange(1.0, 1025.0).view(32, 32))
     densify.prune_back(tiny, 0.75, {})
     assert held_masks(tiny)[first.name].flatten().nonzero().flatten().tolist() == list(range(768, 1024))
+
+
+@pytest.mark.method("P-11")
+@pytest.mark.parametrize("profile", profiles.PROFILES)
+def test_the_lesson_grows_and_prunes_in_turn_whatever_the_steps_of_its_profile(profile):
+    """In `full` the turns once did not divide the last step, and the method failed where nobody had run it yet."""
+    cells = [cell.source for cell in notebooks.weave("01_pruning").cells if cell.cell_type == "code"]
+    known = {"STEPS": profiles.get(profile).recovery_steps}
+    for beginning in ("def last_of", "LAST = ", "pause = ", "growth = "):
+        found = next(cell[cell.index(beginning) :] for cell in cells if re.search(f"^{beginning}", cell, re.M))
+        exec(found.split("\n\n\n")[0] if beginning.startswith("def") else found.split("\n")[0], known)
+    densify.grow_and_prune(densify.random_scores, 0.7, **known["growth"])
+    assert known["LAST"] - 2 * known["pause"] < known["growth"]["end"] <= known["LAST"]
 
 
 @pytest.mark.method("P-11")
