@@ -11,7 +11,9 @@ INSTALLED := $(VENV)/.installed
 run: setup  ## execute every chapter in the cpu profile and print the results
 	$(BIN)/companion run --profile cpu
 
-test: setup lint  ## units, every notebook in smoke, every core track once more through nbval
+test: setup  ## units, the lessons and their notebooks in step, every notebook in smoke, every core track once more through nbval
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check utils tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu"  # most of a test is Python on one core
 
 test-gpu: setup  ## the same unit tests and notebooks on CUDA; says so where there is none

@@ -6,7 +6,6 @@ same classes at the same places, same ties, same bytes when saved again, and mul
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -68,16 +67,9 @@ def same_bytes(path: Path, model: nn.Module) -> bool:
         return again.read_bytes() == path.read_bytes()
 
 
-def main() -> None:
-    """`python -m utils.contract FOLDER`: check every artifact there; exit status 1 and a line each for broken ones."""
-    found = sorted(Path(sys.argv[1]).glob("*.safetensors")) if len(sys.argv) == 2 else []
+def check(folder: Path) -> dict[str, list[str]]:
+    """The broken artifacts of a folder, by file name. Raises ValueError for a folder without artifacts."""
+    found = sorted(folder.glob("*.safetensors"))
     if not found:
-        sys.exit("python -m utils.contract FOLDER: a folder with *.safetensors files is needed")
-    failed = {path.name: problems for path in found if (problems := broken(path))}
-    for name, problems in failed.items():
-        print(f"{name}: {'; '.join(problems)}")
-    sys.exit(bool(failed))
-
-
-if __name__ == "__main__":
-    main()
+        raise ValueError(f"no *.safetensors file in {folder}")
+    return {path.name: problems for path in found if (problems := broken(path))}

@@ -46,6 +46,7 @@ def execute(order: dict) -> int:
     facts = notebook.metadata["companion"]
     client = NotebookClient(notebook, kernel_name="python3", kernel_manager_class=OwnKernel, timeout=None,
                             startup_timeout=300, allow_errors=True, record_timing=False, coalesce_streams=True,
+                            shutdown_kernel="immediate",  # all is written by then, and a farewell takes two seconds and a half
                             resources={"metadata": {"path": order["cwd"]}})  # fmt: skip
     threading.Thread(target=die_with_parent, args=[client], daemon=True).start()
     with client.setup_kernel(**start_options()):

@@ -8,7 +8,6 @@ track `extra`, which a short class leaves out.
 
 import ast
 import builtins
-import importlib.util
 import json
 import re
 import symtable
@@ -159,13 +158,21 @@ def weave_cell(source: str, seen: dict[str, str]) -> tuple[str, list[str]]:
     seen |= {name: f"{module}:{name}" for module, names in wanted for name in names}
     imports, blocks = [], []
     for module, names in wanted:
-        path = Path(importlib.util.find_spec(module).origin)
+        path = source_file(module)
+        if path is None:
+            raise CompanionError(f"a lesson weaves from {module}, which is no module of the package")
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)
         segments = list(dict.fromkeys(_definition(tree, text, name, module) for name in names))
         imports += _needed_imports(tree, "\n".join(segments), module, seen)
         blocks += [f"# source: {path.relative_to(ROOT)}\n{segment}" for segment in together(segments)]
     return "\n".join(_sorted(imports)), blocks
+
+
+def source_file(module: str) -> Path | None:
+    """The file of a module of this project, found without an import: what it imports may take seconds. None for any other name."""
+    place = ROOT.joinpath(*module.split("."))
+    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
 
 
 def together(segments: list[str]) -> list[str]:

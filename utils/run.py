@@ -263,8 +263,7 @@ def package_files(source: str) -> set[Path]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    places = [ROOT.joinpath(*name.split(".")) for name in names if name.split(".")[0] == "utils"]
-    files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+    files = {notebooks.source_file(name) for name in names if name.split(".")[0] == "utils"} - {None}
     return {file for file in files if file.stem not in COMMAND_LINE}
 
 

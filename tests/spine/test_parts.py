@@ -1,8 +1,6 @@
 """Parts that are not cut Linears: they stay what they are on disk, in training, in the count and in the clock."""
 
-import subprocess
-import sys
-
+import fresh
 import pytest
 import torch
 from small_task import task_of
@@ -47,8 +45,7 @@ def test_the_contract_holds_in_a_fresh_process(change, tiny, tmp_path):
     model = change(tiny).eval()
     artifacts.save(model, tmp_path / "m.safetensors")
     contract.write(tmp_path / "m.safetensors", model, 7)
-    done = subprocess.run([sys.executable, "-m", "utils.contract", str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert fresh.broken(tmp_path) == {}
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

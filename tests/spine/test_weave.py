@@ -4,6 +4,8 @@ import ast
 import builtins
 import inspect
 import statistics
+import subprocess
+import sys
 
 import jupytext
 import nbformat
@@ -149,11 +151,19 @@ def test_woven_imports_are_not_repeated_and_constants_share_a_cell():
         ("import os", "from module import names"),
         ("from utils.pruning.magnitude import random_masks as other", "without `as`"),
         ("from utils.pruning.magnitude import nothing_here", "defines no nothing_here"),
+        ("from utils.nowhere import lowest", "utils.nowhere, which is no module of the package"),
     ],
 )
 def test_bad_weave_cells_are_refused(source, message):
     with pytest.raises(CompanionError, match=message):
         notebooks.weave_cell(source, {})
+
+
+def test_weaving_does_not_wait_for_torch():
+    program = (
+        "import sys; from utils import notebooks; notebooks.weave('05_tensor_decomposition'); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=catalogue.ROOT).returncode == 0
 
 
 LESSON = """# 09 · Made up
