@@ -211,3 +211,9 @@ def test_committed_notebooks_are_executed_small_and_without_local_paths(path: Pa
     assert [output.data["text/plain"] for output in shown if "text/html" not in output.data] == []  # bare values of a last line
     assert path.stat().st_size < 3_000_000
     assert str(Path.home()) + "/" not in path.read_text() or str(Path.home()) == "/"
+
+
+def test_pytest_and_its_workers_fit(request):
+    """Of groups that are not heeded no other test fails, but every worker trains and builds everything anew."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert "@" in request.node.nodeid, "pytest-xdist does not heed xdist_group with this pytest"
