@@ -20,6 +20,8 @@ import pytest
 
 from utils import CompanionError, bert, notebooks, report, results, run, tasks
 
+pytestmark = pytest.mark.slow  # minutes in all: begun late, one worker would run them while the others have nothing left
+
 CELL = "```{{code-cell}} python\n:tags: [{tags}]\n{source}\n```\n\n"
 OPENING = '''import json, os, random, time
 from pathlib import Path
@@ -669,7 +671,7 @@ def test_a_run_killed_in_its_last_moment_is_finished_and_cleared_up(chapter, tmp
 MOMENTS = int(os.environ.get("COMPANION_TEST_MOMENTS", "10"))
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("killed")
 def test_killed_at_many_moments(chapter, tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
