@@ -403,7 +403,9 @@ class Board:
         """
         self._end_section()
         energy = self._energy.stop()
-        watts = energy["mean_watts_estimate"]
+        watts, wall = energy["mean_watts_estimate"], round(sum(self.section_seconds.values()), 1)
+        if watts is not None:
+            energy["energy_kwh_estimate"] = watts * wall / 3.6e6  # of all sections: some may be an earlier run's
         for row in self.rows:
             row.train_energy_kwh_estimate = None if watts is None else round(row.train_seconds * watts / 3.6e6, 8)
         content = {
@@ -413,7 +415,7 @@ class Board:
                            "parameters": {"MODEL": self.model_name, "DATASET": self.task.name, "SEED": self.seed,
                                           "DEVICE": self.device.type}, **energy},
             "baseline": self.baseline_row.as_dict(), **self._content(),
-            "wall_seconds": round(sum(self.section_seconds.values()), 1),
+            "wall_seconds": wall,
         }  # fmt: skip
         path = results.path(os.environ.get("COMPANION_NAME") or self.chapter, self.profile.name)
         results.write(path, content)

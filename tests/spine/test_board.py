@@ -256,6 +256,11 @@ def test_the_journal_gives_back_finished_sections_only(board, tmp_path, monkeypa
     assert again.claims[-1] == [claim for claim in board.claims if claim.section == "5"][-1]
     assert again.put(again.trial(lambda model: remove_layers(model, [1])), "P-23b", "the same").latency_of is not None
     again._energy.stop()
+    monkeypatch.setenv("COMPANION_OUT", str(tmp_path))
+    monkeypatch.setattr(again._energy, "stop", lambda: {"energy_kwh_estimate": 0.0, "mean_watts_estimate": 36.0})
+    again.section_seconds["5"] = 1e5
+    content = json.loads(again.close().read_text())  # the meter saw the sections of this process, the estimate is of all
+    assert content["provenance"]["energy_kwh_estimate"] == pytest.approx(36 * content["wall_seconds"] / 3.6e6, rel=1e-6)
 
 
 def test_flatten_names_nested_values():
