@@ -6,14 +6,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test test-gpu test-models fuzz lab lint fix setup publish full clean
+.PHONY: run test test-gpu test-models fuzz lab style lint fix setup publish full clean
 
 run: setup  ## execute every chapter in the cpu profile and print the results
 	$(BIN)/companion run --profile cpu
 
-test: setup  ## units, the lessons and their notebooks in step, every notebook in smoke, every core track once more through nbval
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check utils tests
+test: style  ## units, the lessons and their notebooks in step, every notebook in smoke, every core track once more through nbval
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu"  # most of a test is Python on one core
 
 test-gpu: setup  ## the same unit tests and notebooks on CUDA; says so where there is none
@@ -27,9 +25,11 @@ test-models: setup  ## eight BERTs of odd sizes through every chapter, in smoke
 fuzz: setup  ## 10,000 damaged and crafted artifacts: each is refused in one line, or is the model that it says
 	$(BIN)/python tests/spine/test_artifact_fuzz.py 10000
 
-lint: setup
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check utils tests
+
+lint: style  ## with what is a test, too: notebooks in step, methods complete, lessons readable
 	$(BIN)/companion weave --check
 	$(BIN)/companion catalogue --check
 	$(BIN)/companion lint

@@ -4,28 +4,15 @@ Such a process is forked, for each call, from a server that has done these impor
 """
 
 import multiprocessing
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from utils import contract
 
-ONLY = ["utils.contract"]
-
 
 def broken(folder: Path) -> dict[str, list[str]]:
-    """The artifacts of a folder that do not keep their contract, and in what (`contract.check`)."""
+    """The artifacts of a folder that do not keep their contract, and in what (`contract.check`, whose errors are raised here)."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(ONLY)
-    receiver, sender = processes.Pipe(duplex=False)
-    child = processes.Process(target=_check, args=(sender, folder))
-    child.start()
-    sender.close()  # so that a child that dies is the end of the pipe, and not of our patience
-    with receiver:
-        found = receiver.recv()
-    child.join()
-    return found
-
-
-def _check(sender: Connection, folder: Path) -> None:
-    with sender:
-        sender.send(contract.check(folder))
+    processes.set_forkserver_preload(["utils.contract"])
+    with ProcessPoolExecutor(1, mp_context=processes) as one:
+        return one.submit(contract.check, folder).result()
