@@ -179,12 +179,14 @@ class Board:
     def over_seeds(self, runs: dict[str, Callable[[int], object]], rows: dict[str, str] | None = None) -> Seeds:
         """Run every way with every seed of the profile; each run returns a trial, a model or logits.
 
-        `rows` names the row that a way's run with the board's own seed would only repeat: it is read, and nothing is trained twice.
+        `rows` names the row that a way's run with the board's own seed would only repeat: where it stands on the board, it is read, and
+        nothing is trained twice.
         """
         rows = rows or {}
 
         def found(name: str, one: Callable[[int], object], seed: int) -> object:
-            return self._logits[rows[name]] if name in rows and seed == self.seed else one(seed)
+            known = self._logits.get(rows.get(name)) if seed == self.seed else None
+            return one(seed) if known is None else known
 
         return trials.over_seeds(
             {name: functools.partial(found, name, one) for name, one in runs.items()}, self.seeds, self.percent

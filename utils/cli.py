@@ -83,7 +83,9 @@ def run(
     section: Annotated[
         list[str] | None, typer.Option(help="Only this section (and the opening), such as 7. May be repeated.")
     ] = None,
-    track: Annotated[str, typer.Option(help="all, or core: what a class of ninety minutes takes.")] = "all",
+    track: Annotated[
+        str, typer.Option(help="all; core: what a class of ninety minutes takes; claims: those over seeds, no rows.")
+    ] = "all",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after an interruption or a change: sections of the same code are kept.")
     ] = False,

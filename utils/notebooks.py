@@ -10,7 +10,6 @@ import ast
 import builtins
 import json
 import re
-import symtable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import nbformat
 
 from utils import CompanionError, catalogue
 from utils.catalogue import ROOT, lesson_path
+from utils.needs import judges_over_seeds, names_of, needed, undefined_in
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 NOTEBOOKS = ROOT / "notebooks"
@@ -43,6 +43,7 @@ HEADING = re.compile(r"^#{2,3} ")
 TRACK = re.compile(r"^<!-- (core|extra) -->$")
 FENCE = re.compile(r"`{3,}|~{3,}")
 OPENING = "opening"
+TRACKS = ("all", "core", "claims")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Section:
 def weave(chapter: str, sections: tuple[str, ...] = (), track: str = "all") -> nbformat.NotebookNode:
     """Build a chapter's notebook, without outputs, from its lesson and the code. The result depends on nothing else.
 
-    With `sections` only those, between the opening and the closing one; with `track="core"` without the cells tagged `extra`.
+    With `sections` only those, between the opening and the closing one; with `track="core"` without the cells tagged `extra`, with
+    `track="claims"` what the claims over seeds take, and no row beside.
     Raises CompanionError for a section or track that does not exist.
     """
     lesson = jupytext.read(lesson_path(chapter), fmt="md:myst")
@@ -329,16 +331,37 @@ def closing(notebook: nbformat.NotebookNode, section: Section) -> bool:
 
 def choose(notebook: nbformat.NotebookNode, wanted: tuple[str, ...], track: str) -> nbformat.NotebookNode:
     """A notebook cut to some of its sections and to a track. Raises CompanionError for what it does not have."""
-    if track not in ("all", "core"):
-        raise CompanionError(f"unknown track {track!r}: choose all or core")
+    if track not in TRACKS:
+        raise CompanionError(f"unknown track {track!r}: choose one of {', '.join(TRACKS)}")
     found = sections(notebook)
     unknown = set(wanted) - {section.key for section in found}
     if unknown:
         raise CompanionError(f"no section {', '.join(sorted(unknown))}: choose from {', '.join(s.key for s in found[1:])}")
     chosen = [s for s in found if not wanted or s.key in (OPENING, *wanted) or closing(notebook, s)]
+    if track == "claims":
+        notebook.cells = [cell for section in chosen for cell in for_claims(notebook, section)]
+        return notebook
     cells = [cell for section in chosen for cell in notebook.cells[section.first : section.last]]
     notebook.cells = [cell for cell in cells if track == "all" or "extra" not in cell.metadata.get("tags", [])]
     return notebook
+
+
+def for_claims(notebook: nbformat.NotebookNode, section: Section) -> list[nbformat.NotebookNode]:
+    """What of a section the claims over seeds take: these, the cells that they need, the text right above each, and what closes the board.
+
+    The opening stays whole; of a section without such claims that closes nothing, nothing is left.
+    """
+    cells = notebook.cells[section.first : section.last]
+    if section.key == OPENING:
+        return cells
+    code = {place: cell.source for place, cell in enumerate(cells) if cell.cell_type == "code"}
+    ends = [place for place, source in code.items() if judges_over_seeds(source) or "board.close()" in source]
+    if not ends:
+        return []
+    chosen = needed(code, ends)
+    texts = {place - 1 for place in chosen} - set(code) - {0, -1}
+    begin = nbformat.v4.new_code_cell(f'board.section("{section.key}")', id=f"{section.key[:56]}-begin")
+    return [cells[0], begin, *(cells[place] for place in sorted(chosen | texts))]
 
 
 def undefined_names(notebook: nbformat.NotebookNode) -> list[str]:
@@ -354,46 +377,6 @@ def undefined_names(notebook: nbformat.NotebookNode) -> list[str]:
         if section.key == OPENING:
             opening = defined
     return problems
-
-
-def undefined_in(source: str, defined: set[str]) -> set[str]:
-    """Names that a cell uses and that are not `defined`: by a statement before they are bound, or by a function nowhere bound."""
-    bound_here, _, outside = names_of(source)
-    missing, bound = outside - bound_here - defined, set(defined)
-    for statement in ast.parse(source).body:
-        new, used, _ = names_of(ast.unparse(statement))
-        at_once = new
-        if isinstance(statement, ast.Assign | ast.AugAssign | ast.AnnAssign):  # the right side is read before the left is bound
-            at_once = {node.target.id for node in ast.walk(statement) if isinstance(node, ast.NamedExpr)}
-        if isinstance(statement, ast.AugAssign):
-            used = used | new
-        missing |= used - bound - at_once
-        bound |= new
-    return missing
-
-
-def names_of(source: str) -> tuple[set[str], set[str], set[str]]:
-    """Names that a source binds at its top level, that it uses there, and that its functions and classes take from outside."""
-    table = symtable.symtable(source, "cell", "exec")
-    symbols = table.get_symbols()
-    bound = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()}
-    bound |= set(walrus_targets(ast.parse(source)))
-    used = {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
-
-    def outside(scope: symtable.SymbolTable) -> set[str]:
-        own = {symbol.get_name() for symbol in scope.get_symbols() if symbol.is_referenced() and symbol.is_global()}
-        return own.union(*(outside(child) for child in scope.get_children()))
-
-    return bound, used, set().union(*(outside(child) for child in table.get_children()))
-
-
-def walrus_targets(node: ast.AST) -> Iterator[str]:
-    """Names that `:=` binds outside of functions: inside a comprehension, too, it binds in what surrounds that."""
-    if isinstance(node, ast.NamedExpr):
-        yield node.target.id
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.FunctionDef | ast.ClassDef | ast.Lambda):
-            yield from walrus_targets(child)
 
 
 def core_copy(source: Path, target: Path) -> None:

@@ -96,9 +96,19 @@ def awaited(chapter: str) -> list[str]:
 
 def verdicts(content: dict) -> list[str]:
     """A table of a chapter's claims; nothing where there are none."""
-    cells = [[claim[name].replace("|", "\\|") for name in ("id", "verdict", "statement", "unit")] for claim in content["claims"]]
+    cells = [
+        [claim[name].replace("|", "\\|") for name in ("id", "verdict", "statement")] + [repeated(claim)]
+        for claim in content["claims"]
+    ]
     lines = [f"| {' | '.join(line)} |" for line in cells]
-    return ["\n| claim | verdict | statement | repeated over |", "|---|---|---|---|", *lines] if lines else []
+    seeds = [f"\nClaims over seeds were judged in the profile full, on {content['seeds_on']}."] if "seeds_on" in content else []
+    return ["\n| claim | verdict | statement | repeated over |", "|---|---|---|---|", *lines, *seeds] if lines else []
+
+
+def repeated(claim: dict) -> str:
+    """What a claim was repeated over; of seeds how many, where there was more than one."""
+    count = min(piece["effect"]["n"] for piece in claim["evidence"])
+    return f"{count} seeds" if claim["unit"] == "seed" and count > 1 else claim["unit"]
 
 
 def title(name: str, content: dict) -> str:

@@ -2,7 +2,8 @@
 
 `results/<profile>/<chapter>.json` is the file of record. Times hold for one machine, so the file names it; what other machines
 measured lies beside it as `<chapter>@<machine>.json` (`companion report --machines` lays them side by side). Runs of a part
-lie there too, as `<chapter>.section-7.json` or `<chapter>.core.json`; they are nobody's record.
+lie there too, as `<chapter>.section-7.json` or `<chapter>.core.json`; they are nobody's record, but for one: claims over seeds, which
+`full` alone judges, are judged by `full/<chapter>.claims.json` (`companion run --track claims --profile full`) until the whole chapter ran.
 """
 
 import json
@@ -225,23 +226,41 @@ def files(out: Path, profile: str, machines: bool = False) -> dict[str, Path]:
 
 
 def of_record(out: Path) -> list[dict]:
-    """What the README shows: for every chapter the file of profile `full` where there is one, else that of `cpu`. CompanionError for none."""
+    """What the README shows: for every chapter the file of profile `full` where there is one, else that of `cpu`. CompanionError for none.
+
+    Claims over seeds, which `cpu` leaves open, are those of `full` where these alone were run; `seeds_on` then names their machine.
+    """
     found: dict[str, Path] = {}
     for profile in RECORD:
         found = files(out, profile) | found
     if not found:
         raise CompanionError(f"no results of profile {' or '.join(RECORD)} under {out}: run `companion run` first")
-    return [read(found[chapter]) for chapter in sorted(found)]
+    return [with_seeds(read(found[chapter]), out) for chapter in sorted(found)]
+
+
+def with_seeds(content: dict, out: Path) -> dict:
+    """Results whose claims over seeds are those that were judged with enough of them, where the same were."""
+    judged = judged_over_seeds(content["chapter"], out)
+    if judged is None or judged["profile"] == content["profile"]:
+        return content
+    known = {(claim["id"], claim["statement"]): claim for claim in judged["claims"] if claim["unit"] == "seed"}
+    claims = [known.get((claim["id"], claim["statement"]), claim) for claim in content["claims"]]
+    return {**content, "claims": claims, "seeds_on": machine_of(judged)}
+
+
+def judged_over_seeds(chapter: str, out: Path) -> dict | None:
+    """The results of profile `full` that judge a chapter's claims over seeds: the whole chapter's, else those of its track `claims`."""
+    places = (out / "results" / "full" / f"{chapter}{part}.json" for part in ("", ".claims"))
+    return next((read(place) for place in places if place.is_file()), None)
 
 
 def verdict_of_record(chapter: str, claim: str, out: Path = ROOT / "notebooks") -> str:
     """A sentence: what the committed results of profile `full` say of a claim that smaller profiles cannot judge."""
-    found = files(out, "full").get(chapter)
-    content = read(found) if found else {"claims": []}
-    for one in content["claims"]:
+    content = judged_over_seeds(chapter, out)
+    for one in content["claims"] if content else []:
         if one["id"] == claim:
             return f"verdict of record, profile full on {machine_of(content)}: {one['verdict'].upper()}"
-    return "no verdict of record yet: run the chapter in the profile `full`"
+    return "no verdict of record yet: run the chapter's claims with `--profile full --track claims`"
 
 
 def rows_of(content: dict) -> tuple[Row, list[Row]]:

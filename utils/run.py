@@ -75,7 +75,7 @@ class Request:
     def name(self, chapter: str) -> str:
         """The chapter, and which part of it where it is not the whole."""
         part = f".section-{'-'.join(self.sections)}" if self.sections else ""
-        return f"{chapter}{part}{'.core' if self.track == 'core' else ''}"
+        return f"{chapter}{part}{f'.{self.track}' if self.track != 'all' else ''}"
 
 
 @dataclass
