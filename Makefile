@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test test-gpu test-models fuzz lab style lint fix setup publish full clean
+.PHONY: run test test-gpu test-models fuzz lab style lint fix setup publish verdicts full clean
 
 run: setup  ## execute every chapter in the cpu profile and print the results
 	$(BIN)/companion run --profile cpu
@@ -44,6 +44,10 @@ lab: setup  ## open the notebooks
 
 publish: setup  ## remake the committed notebooks, results and README tables (an idle machine, please); goes on where it was stopped
 	$(BIN)/companion run --profile cpu --out notebooks --resume
+	$(BIN)/companion report --out notebooks --readme
+
+verdicts: setup  ## the claims over seeds alone, in full: their verdicts of record, half an hour to an hour and a half a chapter
+	$(BIN)/companion run --profile full --track claims --out notebooks --resume
 	$(BIN)/companion report --out notebooks --readme
 
 full: setup  ## the verdicts of record: an hour or two a chapter, survives a closed terminal, goes on where it was stopped

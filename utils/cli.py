@@ -95,6 +95,8 @@ def run(
     from utils import run as runs
 
     names, out = notebooks.check_chapters(chapters or []), expanded(out)
+    if track == "claims" and not chapters:
+        names = [name for name in names if notebooks.has_claims_over_seeds(name)]
     if out.exists() and not out.is_dir():
         raise CompanionError(f"--out {out} is a file: name a folder")
     for name in names:

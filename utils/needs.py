@@ -6,6 +6,7 @@ import symtable
 from collections.abc import Iterator
 
 SHOWING = {"print", "tell", "display", "plots", "board"}  # calls on these change no name of a section
+CHANGING = {"pop", "setdefault", "recover"}  # methods that change their object and are called for their value, too
 
 
 def undefined_in(source: str, defined: set[str]) -> set[str]:
@@ -68,6 +69,10 @@ def needed(code: dict[int, str], ends: list[int]) -> set[int]:
     first after it), and the cells in between that change what is bound. What is in no cell of the section is the opening's.
     """
     bound = {place: names_of(source)[0] for place, source in code.items()}
+    called = {name: names for source in code.values() for name, names in changed_by_calls(source).items()}
+    altered = {
+        place: changed(source).union(*(called.get(name, ()) for name in names_of(source)[1])) for place, source in code.items()
+    }
     chosen, waiting = set(), list(ends)
     while waiting:
         place = waiting.pop()
@@ -79,19 +84,27 @@ def needed(code: dict[int, str], ends: list[int]) -> set[int]:
             after = [other for other in code if other > place and name in bound[other]]
             origin = before[-1] if before else after[0] if after else None
             if origin is not None:
-                waiting += [origin, *(other for other in code if origin < other < place and name in changed(code[other]))]
+                waiting += [origin, *(other for other in code if origin < other < place and name in altered[other])]
     return chosen
+
+
+def changed_by_calls(source: str) -> dict[str, set[str]]:
+    """Function -> the names from outside that its body changes: whoever calls it changes them."""
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    outside = {node.name: names_of(ast.unparse(node))[2] for node in functions}
+    return {node.name: changed(ast.unparse(node)) & outside[node.name] for node in functions}
 
 
 def changed(source: str) -> set[str]:
     """Names whose objects a cell may change: it assigns to a part of them, calls a method for its effect, or hands them to such a call."""
     found = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Assign | ast.AugAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {owner(target) for target in targets if isinstance(target, ast.Attribute | ast.Subscript)}
+        if isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            found.add(owner(node))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGING:
+            found.add(owner(node.func))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and owner(node.value.func) not in SHOWING:
-            found |= {owner(part) for part in (node.value.func, *node.value.args) if part is not None}
+            found |= {owner(part) for part in (node.value.func, *node.value.args)}
     return found - {None} - SHOWING
 
 

@@ -61,7 +61,7 @@ def weave(chapter: str, sections: tuple[str, ...] = (), track: str = "all") -> n
 
     With `sections` only those, between the opening and the closing one; with `track="core"` without the cells tagged `extra`, with
     `track="claims"` what the claims over seeds take, and no row beside.
-    Raises CompanionError for a section or track that does not exist.
+    Raises CompanionError for a section or track that does not exist, and where a chapter has no claim over seeds.
     """
     lesson = jupytext.read(lesson_path(chapter), fmt="md:myst")
     known: dict[str, dict[str, str]] = {"core": {}, "extra": {}}  # per track: name -> where it was imported or woven from
@@ -81,7 +81,15 @@ def weave(chapter: str, sections: tuple[str, ...] = (), track: str = "all") -> n
         "language_info": {"name": "python"},
         "companion": {"lesson": f"lessons/{chapter}/{chapter}.md"},
     }
+    if track == "claims" and not has_claims_over_seeds(chapter):
+        raise CompanionError(f"{chapter} judges no claim over seeds: its track claims is empty")
     return choose(name_cells(nbformat.v4.new_notebook(cells=cells, metadata=metadata)), sections, track)
+
+
+def has_claims_over_seeds(chapter: str) -> bool:
+    """Whether a lesson judges a claim over seeds."""
+    lesson = jupytext.read(lesson_path(chapter), fmt="md:myst")
+    return any(judges_over_seeds(cell.source) for cell in lesson.cells if cell.cell_type == "code")
 
 
 def name_cells(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:

@@ -53,6 +53,7 @@ def no_work(monkeypatch):
         (("run", "00", "--profile", "fast"), "unknown profile 'fast'"),
         (("run", "00", "--device", "tpu"), "unknown device 'tpu'"),
         (("run", "00", "--track", "short"), "unknown track 'short'"),
+        (("run", "00", "--track", "claims"), "00_bert_baseline judges no claim over seeds"),
         (("run", "00", "--section", "77"), "no section 77"),
         (("run", "00", "--out", "README.md"), "README.md is a file"),
         (("run", "00", "--out", "README.md/x[/]"), "cannot write to README.md/x[/]"),

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from utils import CompanionError, notebooks, plots, report, results, run
+from utils.claims import Claim, Evidence
+from utils.metrics import Estimate
 from utils.results import Row
 
 
@@ -344,3 +346,36 @@ def test_the_verdict_of_record_comes_from_the_full_profile(tmp_path):
     results.write(tmp_path / "results/full/01_pruning.json", content)
     said = results.verdict_of_record("01_pruning", "C7", tmp_path)
     assert said.endswith("DEPENDS") and content["provenance"]["device"] in said
+
+
+def test_claims_over_seeds_are_of_record_where_they_alone_were_run(tmp_path):
+    """Until the whole chapter ran in `full`; and only the same claims, word by word."""
+
+    def judged(id: str, verdict: str, seeds: int, statement: str = "It is so", unit: str = "seed") -> dict:
+        piece = Evidence("a minus b (points)", Estimate(1.0, 0.5, 1.5, seeds), "above")
+        return {**Claim(id, statement, "a paper", unit, [piece], verdict).as_dict()}
+
+    def write(place: str, profile: str, *claims: dict) -> None:
+        content = json.loads((results.ROOT / "notebooks/results/cpu/01_pruning.json").read_text())
+        results.write(tmp_path / "results" / place, {**content, "profile": profile, "claims": list(claims)})
+
+    open_ones = [judged("C1", "not tested", 1), judged("C2", "not tested", 1), judged("C3", "inconclusive", 9, unit="example")]
+    write("cpu/01_pruning.json", "cpu", *open_ones)
+    assert "seeds_on" not in results.of_record(tmp_path)[0]
+    write("full/01_pruning.claims.json", "full", judged("C1", "supported", 5), judged("C2", "supported", 5, "It was so"),
+          judged("C3", "contradicted", 5, unit="example"), judged("C4", "supported", 5))  # fmt: skip
+    (content,) = results.of_record(tmp_path)
+    assert content["profile"] == "cpu" and [claim["verdict"] for claim in content["claims"]] == [
+        "supported",
+        "not tested",
+        "inconclusive",
+    ]
+    table = report.verdicts(content)
+    assert "| C1 | supported | It is so | 5 seeds |" in table and "| C2 | not tested | It is so | seed |" in table
+    assert f"full, on {content['seeds_on']}" in table[-1] and results.verdict_of_record("01_pruning", "C1", tmp_path).endswith(
+        "SUPPORTED"
+    )
+    write("full/01_pruning.json", "full", judged("C1", "contradicted", 5))
+    (content,) = results.of_record(tmp_path)
+    assert [claim["verdict"] for claim in content["claims"]] == ["contradicted"] and "seeds_on" not in content
+    assert results.verdict_of_record("01_pruning", "C1", tmp_path).endswith("CONTRADICTED")
