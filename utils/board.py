@@ -414,6 +414,7 @@ class Board:
             "chapter": self.chapter, "profile": self.profile.name,
             "provenance": {**results.provenance(), "device": self.machine, "machine": self._facts_of_machine,
                            "precision": str(profiles.compute_dtype(self.device)), "seeds": list(self.seeds),
+                           "code": os.environ.get("COMPANION_CODE"),
                            "parameters": {"MODEL": self.model_name, "DATASET": self.task.name, "SEED": self.seed,
                                           "DEVICE": self.device.type}, **energy},
             "baseline": self.baseline_row.as_dict(), **self._content(),

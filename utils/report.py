@@ -101,8 +101,24 @@ def verdicts(content: dict) -> list[str]:
         for claim in content["claims"]
     ]
     lines = [f"| {' | '.join(line)} |" for line in cells]
-    seeds = [f"\nClaims over seeds were judged in the profile full, on {content['seeds_on']}."] if "seeds_on" in content else []
-    return ["\n| claim | verdict | statement | repeated over |", "|---|---|---|---|", *lines, *seeds] if lines else []
+    return (
+        ["\n| claim | verdict | statement | repeated over |", "|---|---|---|---|", *lines, *judged_apart(content)]
+        if lines
+        else []
+    )
+
+
+def judged_apart(content: dict) -> list[str]:
+    """Where claims over seeds come from a run of their own: on which machine, and whether the lesson has changed since."""
+    from utils import notebooks
+    from utils import run as runs
+
+    made = content.get("over_seeds")
+    if made is None:
+        return []
+    now = runs.code_key(notebooks.weave(content["chapter"], track="claims"))
+    late = "" if made.get("code") == now else ", with an earlier version of the lesson"
+    return [f"\nClaims over seeds were judged in the profile full, on {made['device']}{late}."]
 
 
 def repeated(claim: dict) -> str:

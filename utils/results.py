@@ -228,7 +228,7 @@ def files(out: Path, profile: str, machines: bool = False) -> dict[str, Path]:
 def of_record(out: Path) -> list[dict]:
     """What the README shows: for every chapter the file of profile `full` where there is one, else that of `cpu`. CompanionError for none.
 
-    Claims over seeds, which `cpu` leaves open, are those of `full` where these alone were run; `seeds_on` then names their machine.
+    Claims over seeds, which `cpu` leaves open, are those of `full` where these alone were run; `over_seeds` then is their provenance.
     """
     found: dict[str, Path] = {}
     for profile in RECORD:
@@ -245,7 +245,7 @@ def with_seeds(content: dict, out: Path) -> dict:
         return content
     known = {(claim["id"], claim["statement"]): claim for claim in judged["claims"] if claim["unit"] == "seed"}
     claims = [known.get((claim["id"], claim["statement"]), claim) for claim in content["claims"]]
-    return {**content, "claims": claims, "seeds_on": machine_of(judged)}
+    return {**content, "claims": claims, "over_seeds": judged["provenance"]}
 
 
 def judged_over_seeds(chapter: str, out: Path) -> dict | None:

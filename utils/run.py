@@ -191,7 +191,8 @@ def run_chapter(chapter: str, request: Request, on_progress: Progress = lambda w
     if held != request.profile:
         tell(f"the notebook of profile {held} will be replaced, its results stay")
     before = version_of(results_file(request, name))
-    status = watch_child(order, child_environment(request, name, folder, done, keys), folder, tell, stop)
+    environment = child_environment(request, name, folder, done, keys) | {"COMPANION_CODE": code_key(notebook)}
+    status = watch_child(order, environment, folder, tell, stop)
     return conclude(chapter, request, folder, status, stop, written=version_of(results_file(request, name)) not in (None, before))
 
 
@@ -233,6 +234,11 @@ def section_keys(notebook: nbformat.NotebookNode) -> dict[str, str]:
     code = code_by_section(notebook)
     opening = code[notebooks.OPENING]
     return {key: digest([*opening, *cells, *map(module_code, imported(opening + cells))]) for key, cells in code.items()}
+
+
+def code_key(notebook: nbformat.NotebookNode) -> str:
+    """A hash of a notebook's code cells: what its results say of the lesson that they are of."""
+    return digest([source for cells in code_by_section(notebook).values() for source in cells])
 
 
 def digest(texts: list[str]) -> str:

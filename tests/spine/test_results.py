@@ -361,7 +361,7 @@ def test_claims_over_seeds_are_of_record_where_they_alone_were_run(tmp_path):
 
     open_ones = [judged("C1", "not tested", 1), judged("C2", "not tested", 1), judged("C3", "inconclusive", 9, unit="example")]
     write("cpu/01_pruning.json", "cpu", *open_ones)
-    assert "seeds_on" not in results.of_record(tmp_path)[0]
+    assert "over_seeds" not in results.of_record(tmp_path)[0]
     write("full/01_pruning.claims.json", "full", judged("C1", "supported", 5), judged("C2", "supported", 5, "It was so"),
           judged("C3", "contradicted", 5, unit="example"), judged("C4", "supported", 5))  # fmt: skip
     (content,) = results.of_record(tmp_path)
@@ -372,10 +372,11 @@ def test_claims_over_seeds_are_of_record_where_they_alone_were_run(tmp_path):
     ]
     table = report.verdicts(content)
     assert "| C1 | supported | It is so | 5 seeds |" in table and "| C2 | not tested | It is so | seed |" in table
-    assert f"full, on {content['seeds_on']}" in table[-1] and results.verdict_of_record("01_pruning", "C1", tmp_path).endswith(
-        "SUPPORTED"
-    )
+    assert f"full, on {content['over_seeds']['device']}, with an earlier version of the lesson." in table[-1]
+    content["over_seeds"]["code"] = run.code_key(notebooks.weave("01_pruning", track="claims"))
+    assert report.verdicts(content)[-1].endswith(f"{content['over_seeds']['device']}.")
+    assert results.verdict_of_record("01_pruning", "C1", tmp_path).endswith("SUPPORTED")
     write("full/01_pruning.json", "full", judged("C1", "contradicted", 5))
     (content,) = results.of_record(tmp_path)
-    assert [claim["verdict"] for claim in content["claims"]] == ["contradicted"] and "seeds_on" not in content
+    assert [claim["verdict"] for claim in content["claims"]] == ["contradicted"] and "over_seeds" not in content
     assert results.verdict_of_record("01_pruning", "C1", tmp_path).endswith("CONTRADICTED")
