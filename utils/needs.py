@@ -96,7 +96,10 @@ def changed_by_calls(source: str) -> dict[str, set[str]]:
 
 
 def changed(source: str) -> set[str]:
-    """Names whose objects a cell may change: it assigns to a part of them, calls a method for its effect, or hands them to such a call."""
+    """Names whose objects a cell may change: it assigns to a part of them, calls a method for its effect, or hands them to such a call.
+
+    Names in capitals are constants here (labels, numbers): a call that is handed one does not change it.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load):
@@ -104,7 +107,8 @@ def changed(source: str) -> set[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGING:
             found.add(owner(node.func))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and owner(node.value.func) not in SHOWING:
-            found |= {owner(part) for part in (node.value.func, *node.value.args)}
+            given = {owner(part) for part in node.value.args}
+            found |= {owner(node.value.func)} | {name for name in given if name and not name.isupper()}
     return found - {None} - SHOWING
 
 
