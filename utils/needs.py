@@ -107,7 +107,7 @@ def changed(source: str) -> set[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGING:
             found.add(owner(node.func))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and owner(node.value.func) not in SHOWING:
-            given = {owner(part) for part in node.value.args}
+            given = {owner(part) for part in node.value.args if not isinstance(part, ast.Call)}
             found |= {owner(node.value.func)} | {name for name in given if name and not name.isupper()}
     return found - {None} - SHOWING
 

@@ -18,6 +18,7 @@ WITH_SEEDS = [chapter for chapter in CHAPTERS if notebooks.has_claims_over_seeds
         (["a = []", "a.append(1)", "print(a)", "board.put(a)", "a"], 4, {0, 1, 4}),  # whoever shows it does not
         (["a = []", "fill(a)", "a"], 2, {0, 1, 2}),
         (["A = 'a label'", "put(A)", "A"], 2, {0, 2}),
+        (["def f(x):\n    return x", "put(f(1))", "f"], 2, {0, 2}),
         (["a, b = {}, {}", "for i in range(2):\n    (a[i], b[i]), c = (i, i), 1", "b"], 2, {0, 1, 2}),
         (["a = {1: 2}", "b = a.pop(1)", "a"], 2, {0, 1, 2}),  # called for its value
         (["a = {}", "def f(x):\n    a[x] = x\n    return x", "b = f(1)", "c = len(a)", "c"], 4, {0, 1, 2, 3, 4}),  # by a call
