@@ -83,7 +83,9 @@ def chapter(content: dict, tracks: tuple[str, ...]) -> str:
     said = ", ".join(filter(None, [f"**{content['chapter']}**", results.unusual(content)]))
     baseline, rows = results.rows_of(content)
     table = results.as_markdown([row for row in rows if row.track in tracks], baseline)
-    return "\n".join([f"\n{said} (speeds hold for {machine})\n", *awaited(content["chapter"]), table, *verdicts(content)])
+    return "\n".join(
+        [f"\n{said} (speeds hold for {machine})\n", *awaited(content["chapter"]), table, *verdicts(content, "extra" in tracks)]
+    )
 
 
 def awaited(chapter: str) -> list[str]:
@@ -94,18 +96,24 @@ def awaited(chapter: str) -> list[str]:
     return [f"These numbers are older than the lesson: {why}\n"] if why else []
 
 
-def verdicts(content: dict) -> list[str]:
-    """A table of a chapter's claims; nothing where there are none."""
-    cells = [
-        [claim[name].replace("|", "\\|") for name in ("id", "verdict", "statement")] + [repeated(claim)]
-        for claim in content["claims"]
-    ]
-    lines = [f"| {' | '.join(line)} |" for line in cells]
-    return (
-        ["\n| claim | verdict | statement | repeated over |", "|---|---|---|---|", *lines, *judged_apart(content)]
-        if lines
-        else []
-    )
+def verdicts(content: dict, measured: bool = False) -> list[str]:
+    """A table of a chapter's claims, with what was `measured` for each and what it should have been; nothing where there are none."""
+    if not content["claims"]:
+        return []
+    columns = {"claim": "id", "verdict": "verdict", "statement": "statement"}
+    head = [*columns, "repeated over", *(["measured"] if measured else [])]
+    lines = [[*(claim[name] for name in columns.values()), repeated(claim), *([evidence(claim)] if measured else [])]
+             for claim in content["claims"]]  # fmt: skip
+    table = ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in (head, *lines)]
+    return ["\n" + table[0], "|---" * len(head) + "|", *table[1:], *judged_apart(content)]
+
+
+def evidence(claim: dict) -> str:
+    """Each piece of evidence with its interval and what the statement predicts of it, a line each inside a table's cell."""
+    from utils.claims import Claim
+
+    pieces = Claim.from_dict(claim).evidence
+    return "<br>".join(f"{piece.what}: {piece.measured()}, expected {piece.expected} {piece.threshold:g}" for piece in pieces)
 
 
 def judged_apart(content: dict) -> list[str]:
