@@ -10,6 +10,7 @@ import torch
 from small_task import task_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertForSequenceClassification
 
 from utils import artifacts, bert, contract, costs, parts, profiles, replacing, training
 from utils.decomposition import tensors
@@ -196,6 +197,37 @@ def test_factors_by_brute_force():
             formats.balanced_factors(size, count)
     with pytest.raises(ValueError, match="1 or more, got 0 and 3"):
         formats.padded_factors(0, 3)
+
+
+@pytest.mark.method("T-08", "T-10")
+@pytest.mark.parametrize(
+    ("shape", "sides"),
+    [
+        ((1536, 384), [48, 96, 128]),
+        ((384, 1536), [48, 96, 128]),
+        ((94, 46), [23, 4, 47]),
+        ((46, 94), [47, 4, 23]),
+        ((46, 46), [23, 4, 23]),
+    ],
+)
+def test_large_factors_do_not_meet_in_one_side(shape, sides):
+    rows, columns = tensors.balanced_shape(*shape)
+    assert (math.prod(rows), math.prod(columns)) == shape and formats.tensor_sides(rows, columns) == sides
+
+
+@pytest.mark.method("T-08", "T-10")
+def test_twice_a_prime_is_a_width_that_trains_and_block_terms_have():
+    model = BertForSequenceClassification(BertConfig(
+        vocab_size=60, hidden_size=46, num_hidden_layers=1, num_attention_heads=2, intermediate_size=94
+    )).eval()  # fmt: skip
+    dense, ids = bert.fresh_copy(model), torch.tensor([[1, 2, 3]])
+    for change in (lambda one: tensors.tt_layers(one, rank=8), lambda one: tensors.tt_layers(one, size=0.1),
+                   lambda one: tensors.tt_layers(one, tensors.ATTENTION, size=0.5),
+                   lambda one: tensors.block_term_layers(one, rank=4, size=0.1, sweeps=1)):  # fmt: skip
+        kept = change(made := bert.fresh_copy(dense))
+        table = tensors.error_table(dense, made)
+        assert (table["size"] < 0.6).all() and (table["error"] <= table["most"] + 1e-6).all() and min(kept.values()) > 0
+        assert made(ids).logits.isfinite().all()
 
 
 @pytest.mark.method("T-08", "T-10")

@@ -42,8 +42,13 @@ Shape = Callable[[int, int], tuple[Sizes, Sizes]]  # out, in -> factors of the r
 
 
 def balanced_shape(out_features: int, in_features: int, cores: int = 3) -> tuple[Sizes, Sizes]:
-    """Both widths in factors that are as equal as they can be (`width_factors`). Raises ValueError for a prime width."""
-    return width_factors(out_features, cores), width_factors(in_features, cores)
+    """Both widths in factors that are as equal as they can be (`width_factors`). Raises ValueError for a prime width.
+
+    Both ascend. Where a factor is 1, those of the columns descend, so that large ones do not meet in one side: 94 x 46 becomes
+    (1, 2, 47) and (23, 2, 1), whose sides are 23, 4 and 47; with (1, 2, 23) they would be 1, 4 and 1081, and ranks end at 4.
+    """
+    rows, columns = width_factors(out_features, cores), width_factors(in_features, cores)
+    return rows, columns[::-1] if 1 in rows + columns else columns
 
 
 def width_factors(width: int, count: int) -> tuple[int, ...]:
