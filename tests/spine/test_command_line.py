@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from utils import CompanionError, cli, hub, notebooks, prose, report, results
 from utils import run as runs
 from utils.catalogue import ROOT
+from utils.claims import Claim, Evidence
+from utils.metrics import Estimate
 from utils.results import Row
 
 
@@ -236,7 +238,8 @@ def content(chapter: str, label: str = "heads by [/]", profile: str = "cpu") -> 
     row = Row(method="P-20a", label=label, accuracy=0.81, accuracy_ci95=[0.79, 0.83], drop=0.02, drop_ci95=[0.01, 0.035], parameters=10,
               nonzero_parameters=8, parameters_without_embeddings=5, stored_bytes=71_000_000, stored_bytes_without_embeddings=1,
               macs=345_000_000, latency_ratio={"batch1": 1.25, "batch32": 2.0})  # fmt: skip
-    claim = {"id": "C2", "unit": "round", "verdict": "supported", "statement": "faster [sic]"}
+    evidence = [Evidence("a over b", Estimate(2.0, 1.5, 2.5, 3), "above", 1.0)]
+    claim = Claim("C2", "faster [sic]", "a paper", "round", evidence, "supported").as_dict()
     baseline = {**row.as_dict(), "method": "-", "label": "baseline"}
     return {"chapter": chapter, "profile": profile, "provenance": {"device": "AMD [EPYC], 2 cores"}, "baseline": baseline,
             "rows": [row.as_dict()], "claims": [claim], "wall_seconds": 60}  # fmt: skip

@@ -106,7 +106,9 @@ def test_speeds_in_words(changes, said):
 
 
 def content(chapter: str = "01_pruning", machine: str = "AMD EPYC, 2 cores", **changes) -> dict:
-    claim = {"id": "C2", "unit": "round", "verdict": "supported", "statement": "x"}
+    claim = Claim(
+        "C2", "x", "a paper", "round", [Evidence("a over b", Estimate(2.0, 1.5, 2.5, 3), "above", 1.0)], "supported"
+    ).as_dict()
     return {"chapter": chapter, "profile": "cpu", "provenance": {"device": machine}, "baseline": BASELINE.as_dict(),
             "rows": [a_row().as_dict()], "claims": [claim], "wall_seconds": 60, **changes}  # fmt: skip
 
