@@ -50,7 +50,7 @@ verdicts: setup  ## the claims over seeds alone, in full: their verdicts of reco
 	$(BIN)/companion run --profile full --track claims --out notebooks --resume
 	$(BIN)/companion report --out notebooks --readme
 
-full: setup  ## the verdicts of record: an hour or two a chapter, survives a closed terminal, goes on where it was stopped
+full: setup  ## all rows and verdicts of record: some hours a chapter, survives a closed terminal, goes on where it was stopped
 	$(BIN)/companion run --profile full --out runs/full --resume
 
 setup:  ## an environment of a Python that will not do, that is gone, or that is not the one named, is made anew

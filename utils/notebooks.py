@@ -81,14 +81,18 @@ def weave(chapter: str, sections: tuple[str, ...] = (), track: str = "all") -> n
         "language_info": {"name": "python"},
         "companion": {"lesson": f"lessons/{chapter}/{chapter}.md"},
     }
-    if track == "claims" and not has_claims_over_seeds(chapter):
+    if track == "claims" and not judging(lesson):
         raise CompanionError(f"{chapter} judges no claim over seeds: its track claims is empty")
     return choose(name_cells(nbformat.v4.new_notebook(cells=cells, metadata=metadata)), sections, track)
 
 
 def has_claims_over_seeds(chapter: str) -> bool:
     """Whether a lesson judges a claim over seeds."""
-    lesson = jupytext.read(lesson_path(chapter), fmt="md:myst")
+    return judging(jupytext.read(lesson_path(chapter), fmt="md:myst"))
+
+
+def judging(lesson: nbformat.NotebookNode) -> bool:
+    """Whether a lesson that has been read does so."""
     return any(judges_over_seeds(cell.source) for cell in lesson.cells if cell.cell_type == "code")
 
 

@@ -104,8 +104,7 @@ def verdicts(content: dict, measured: bool = False) -> list[str]:
     head = [*columns, "repeated over", *(["measured"] if measured else [])]
     lines = [[*(claim[name] for name in columns.values()), repeated(claim), *([evidence(claim)] if measured else [])]
              for claim in content["claims"]]  # fmt: skip
-    table = ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in (head, *lines)]
-    return ["\n" + table[0], "|---" * len(head) + "|", *table[1:], *judged_apart(content)]
+    return ["\n" + results.markdown_table(head, lines), *judged_apart(content)]
 
 
 def evidence(claim: dict) -> str:

@@ -178,8 +178,12 @@ def as_frame(rows: list[Row], baseline: Row | None = None) -> pandas.DataFrame:
 
 
 def as_markdown(rows: list[Row], baseline: Row | None = None) -> str:
+    """Rows as a table for Markdown pages."""
+    return markdown_table(*table(rows, baseline))
+
+
+def markdown_table(names: list[str], lines: list[list[str]]) -> str:
     """A table for Markdown pages; a bar inside a cell is escaped."""
-    names, lines = table(rows, baseline)
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names), *escaped])
 

@@ -372,14 +372,14 @@ def test_claims_over_seeds_are_of_record_where_they_alone_were_run(tmp_path):
         "not tested",
         "inconclusive",
     ]
-    table = report.verdicts(content)
+    table = "\n".join(report.verdicts(content)).splitlines()
     assert "| C1 | supported | It is so | 5 seeds |" in table and "| C2 | not tested | It is so | seed |" in table
     assert f"full, on {content['over_seeds']['device']}, with an earlier version of the lesson." in table[-1]
     content["over_seeds"]["code"] = run.code_key(notebooks.weave("01_pruning", track="claims"))
     assert report.verdicts(content)[-1].endswith(f"{content['over_seeds']['device']}.")
     assert (
         "| C1 | supported | It is so | 5 seeds | a minus b (points): 1 [0.5, 1.5] (n = 5, shows differences from 0.5), expected above 0 |"
-        in (report.verdicts(content, measured=True))
+        in ("\n".join(report.verdicts(content, measured=True)).splitlines())
     )
     assert results.verdict_of_record("01_pruning", "C1", tmp_path).endswith("SUPPORTED")
     write("full/01_pruning.json", "full", judged("C1", "contradicted", 5))
