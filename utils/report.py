@@ -1,6 +1,7 @@
 """What is said about results: the README's overview, the page of all rows, several machines side by side, and what changed since
 another commit."""
 
+import functools
 import json
 import subprocess
 from collections.abc import Callable
@@ -117,15 +118,20 @@ def evidence(claim: dict) -> str:
 
 def judged_apart(content: dict) -> list[str]:
     """Where claims over seeds come from a run of their own: on which machine, and whether the lesson has changed since."""
-    from utils import notebooks
-    from utils import run as runs
-
     made = content.get("over_seeds")
     if made is None:
         return []
-    now = runs.code_key(notebooks.weave(content["chapter"], track="claims"))
-    late = "" if made.get("code") == now else ", with an earlier version of the lesson"
+    late = "" if made.get("code") == code_of_claims(content["chapter"]) else ", with an earlier version of the lesson"
     return [f"\nClaims over seeds were judged in the profile full, on {made['device']}{late}."]
+
+
+@functools.cache  # the README and the page of all rows ask; to weave a chapter takes a second
+def code_of_claims(chapter: str) -> str:
+    """What tells the cells of a chapter's track of claims, as its lesson has them now, from any others."""
+    from utils import notebooks
+    from utils import run as runs
+
+    return runs.code_key(notebooks.weave(chapter, track="claims"))
 
 
 def repeated(claim: dict) -> str:

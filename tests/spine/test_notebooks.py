@@ -16,8 +16,8 @@ from utils.board import flatten
 from utils.claims import VERDICTS
 
 DEVICE = os.environ.get("COMPANION_TEST_DEVICE", "cpu")
-ALONE = {"00_bert_baseline": ("5", "6"), "01_pruning": ("5", "8"), "02_quantization": ("2", "6"),
-         "03_knowledge_distillation": ("2", "5"), "04_parameter_sharing": ("2", "8"),
+ALONE = {"00_bert_baseline": ("5", "6"), "01_pruning": ("4", "5"), "02_quantization": ("6", "8"),
+         "03_knowledge_distillation": ("2", "4"), "04_parameter_sharing": ("2", "8"),
          "05_tensor_decomposition": ("4", "7"), "06_subquadratic_transformers": ("3", "6")}  # fmt: skip
 LINEAR_TIME = ("L-10", "L-11")  # attentions that multiply more than the dense one where a text is shorter than a head is wide
 CHAPTERS = [pytest.param(chapter, marks=pytest.mark.xdist_group(chapter)) for chapter in catalogue.chapters()]  # a core each
