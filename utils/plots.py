@@ -275,4 +275,5 @@ def plane(
         plain_numbers(axes.xaxis)
     if names:
         axes.figure.canvas.draw()  # labels are moved on the page, so the page must be laid out
-        adjust_text(names, *zip(*places, strict=True), ax=axes, time_lim=0.25, arrowprops={"arrowstyle": "-", "color": "gray"})
+        adjust_text(names, *zip(*places, strict=True), ax=axes, iter_lim=100, expand=(1.25, 1.4), force_text=(0.3, 0.6),
+                    force_static=(0.2, 0.4), arrowprops={"arrowstyle": "-", "color": "gray"})  # fmt: skip

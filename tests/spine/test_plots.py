@@ -3,6 +3,7 @@
 import base64
 import itertools
 
+import adjustText
 import matplotlib
 import nbformat
 import numpy as np
@@ -166,6 +167,29 @@ def test_colours_stand_out_from_white_and_a_ninth_series_from_the_first(axes):
     clouds = [cloud for cloud in axes.collections if cloud.get_label() in families]
     looks = {(*cloud.get_facecolor()[0], cloud.get_paths()[0].vertices.tobytes()) for cloud in clouds}
     assert len(clouds) == len(looks) == 16
+
+
+def test_labels_of_a_crowded_front_keep_apart_however_busy_the_machine(monkeypatch):
+    megabytes = (9.9, 14.2, 14.2, 15.6, 15.6, 15.7, 15.7, 16.9, 16.9, 18.2, 48.3)
+    heights = (71.4, 74.5, 74.8, 78.2, 78.8, 79.3, 79.5, 80.9, 81.8, 82.4, 82.7)
+    rows = [a_row(f"Q-{i:02}", y / 100, 1e6 * x) for i, (x, y) in enumerate(zip(megabytes, heights, strict=True))]
+    drawn = np.random.default_rng(0)
+    others = [a_row("control", y, x) for x, y in zip(drawn.uniform(1.4e7, 9e7, 300), drawn.uniform(0.5, 0.82, 300), strict=True)]
+    families = {"some": tuple(row.method for row in rows), "controls": ("control",)}
+
+    def places() -> list:
+        figure, panels = plots.figure(1, 2, width=4.5, height=5, sharey=True)
+        panels[0].set_xscale("log")
+        plots.plane(panels[0], [*rows, *others], BASELINE, "stored_bytes", "MB", "title", families, rows)
+        boxes = [text.get_window_extent() for text in panels[0].texts if text.get_text()]
+        plots.plt.close(figure)
+        return boxes
+
+    boxes = places()
+    monkeypatch.setattr(adjustText, "timer", itertools.count().__next__)  # a second between one look at the clock and the next
+    assert len(boxes) == len(rows)
+    assert not [(i, k) for i, box in enumerate(boxes) for k in range(i) if box.overlaps(boxes[k])]
+    assert all(np.allclose(box.bounds, again.bounds) for box, again in zip(boxes, places(), strict=True))
 
 
 def test_show_gives_image_alt_text_and_words_that_nbconvert_writes(monkeypatch):
