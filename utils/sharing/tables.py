@@ -167,7 +167,7 @@ def trimmed_vectors(table: torch.Tensor, trimming: Trimming) -> TrimmedVectors:
     vectors = TrimmedVectors(*table.shape, *(len(trimming.kept), trimming.spelling.shape[1]))
     vectors.spelling.copy_(trimming.spelling)
     vectors.vectors.copy_(table[trimming.kept.to(table.device)])
-    return vectors
+    return vectors.to(table.device)
 
 
 @torch.no_grad()
