@@ -306,6 +306,20 @@ def test_words_find_their_cells_again_and_rounds_lower_the_error(table):
     torch.testing.assert_close(words.two_component_vectors(table, again).expanded().weight, vectors.expanded().weight)
 
 
+@pytest.mark.method("S-11")
+def test_no_two_seeds_share_a_round(table, monkeypatch):
+    seen = []
+
+    def watched(allocation, cost, words, seed):
+        seen.append(seed)
+        return allocation
+
+    monkeypatch.setattr(words, "reallocate", watched)
+    for seed in (0, 1, 2):
+        words.light_rnn(table, rounds=3, seed=seed)
+    assert seen == [0, 1, 2, 1000, 1001, 1002, 2000, 2001, 2002]
+
+
 @pytest.fixture
 def light(tiny, table) -> words.LightLanguageModel:
     """A full table of 10 x 10: every cell is a word."""

@@ -179,7 +179,7 @@ def fit_in_turns(
     fit_projection(vectors, table, counts)
     for turn in range(turns):
         vectors.projection.requires_grad_(False)
-        regress(vectors, table, steps=steps // turns, seed=seed + turn, **options)
+        regress(vectors, table, steps=steps // turns, seed=1000 * seed + turn, **options)  # no two seeds share a turn
         vectors.projection.requires_grad_(True)
         fit_projection(vectors, table, counts)
 

@@ -256,15 +256,15 @@ def light_rnn(
 
     LightRNN, Li et al. 2016 (arXiv 1610.09893), survey 5.2. `weights` (vocabulary,) say how much a word's error counts: the
     paper's losses, those of a language model (`AllocationLosses`), are sums over a text, so that frequent words count more.
-    Returns the part and, per round, the weighted squared error over the table's weighted squared norm (`relative_error`) and
-    the share of words that moved (`moved`). Raises ValueError for a weight of 0 or less.
+    No two seeds share the groups of a round. Returns the part and, per round, the weighted squared error over the table's weighted
+    squared norm (`relative_error`) and the share of words that moved (`moved`). Raises ValueError for a weight of 0 or less.
     """
     words, norms = len(table), table.square().sum(1)
     whole = float((norms if weights is None else norms * weights).sum())
     allocation, log = Allocation.at_random(words, columns, seed), []
     cost = reconstruction_cost(table, *component_vectors(table, allocation, weights), weights)
     for number in range(rounds):
-        before, allocation = allocation, reallocate(allocation, cost, words, seed=seed + number, **options)
+        before, allocation = allocation, reallocate(allocation, cost, words, seed=1000 * seed + number, **options)
         cost = reconstruction_cost(table, *component_vectors(table, allocation, weights), weights)
         log.append({"relative_error": allocation.total(cost, words) / whole, "moved": allocation.moved(before, words)})
     return two_component_vectors(table, allocation, weights), log
