@@ -264,7 +264,7 @@ def verdict_of_record(chapter: str, claim: str, out: Path = ROOT / "notebooks") 
     for one in content["claims"] if content else []:
         if one["id"] == claim:
             return f"verdict of record, profile full on {machine_of(content)}: {one['verdict'].upper()}"
-    return "no verdict of record yet: run the chapter's claims with `--profile full --track claims`"
+    return "no verdict of record when this ran (`--profile full --track claims`); later ones: notebooks/results/README.md"
 
 
 def rows_of(content: dict) -> tuple[Row, list[Row]]:
