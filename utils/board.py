@@ -368,7 +368,7 @@ class Board:
     ) -> Claim:  # fmt: skip
         """Judge a statement of a survey and keep the verdict (`utils.claims.judge`).
 
-        `arms` are the trainings that the evidence compares: their accuracies are printed, and where some have hardly begun to learn, the
+        `arms` are what the evidence compares over seeds: their accuracies are printed, and where some have hardly begun to learn, the
         verdict says so (`departs`).
         """
         if arms is not None:
@@ -385,7 +385,7 @@ class Board:
         return claim
 
     def arms(self, found: Seeds) -> str:
-        """What was compared over seeds: every way's accuracy, seed by seed, and which trainings have hardly left guessing."""
+        """What was compared over seeds: every way's accuracy, seed by seed, and which have hardly left guessing."""
         lines = [f"{name}: {found.mean(name):.1f} %" + (f" ({', '.join(f'{one:.1f}' for one in each)})" if len(each) > 1 else "")
                  for name, each in found.accuracies.items()]  # fmt: skip
         low = self._near_guessing(found)
@@ -394,7 +394,7 @@ class Board:
         return "\n".join(textwrap.fill(line, results.COLUMNS, subsequent_indent="    ") for line in lines)
 
     def _near_guessing(self, found: Seeds) -> str:
-        """How many trainings of which way ended less than `NEAR` points above guessing; empty where none did."""
+        """Which ways end less than `NEAR` points above guessing, and with how many of the seeds; empty where none does."""
         floor = 100 * self.task.majority_accuracy() + NEAR
         low = {name: int((each < floor).sum()) for name, each in found.accuracies.items()}
         told = [f"{name} ({count} of {len(found[name])})" for name, count in low.items() if count]

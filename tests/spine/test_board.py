@@ -234,7 +234,7 @@ def test_a_claim_says_which_of_its_arms_have_hardly_begun_to_learn(board, capsys
     arms = Seeds({"good": good, "mixed": mixed, "low": low})
 
     def claim(second: str, **options):
-        seeds = Seeds({name: arms[name] for name in ("good", second)})
+        seeds = arms.only("good", second)
         evidence = [Evidence("difference", seeds.difference("good", second), "above")]
         return board.claim("C1", "It is better", "someone", "seed", evidence, arms=seeds, **options)
 
