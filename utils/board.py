@@ -52,6 +52,7 @@ RELOAD_TOLERANCE = 1e-4  # largest logit difference between a measured model and
 BASELINE = "baseline"
 OPENING = "opening"
 Acted = tuple[float, float | None, float | None]  # a mechanism number, at least, at most
+NEAR = 5  # points above the share of the most frequent label; a training that ends below has hardly begun to learn the task
 TIMING = ("latency_ratio", "latency_ratio_interval", "latency_ms")
 
 
@@ -363,9 +364,16 @@ class Board:
 
     def claim(
         self, id: str, statement: str, source: str, unit: str, evidence: list[Evidence], *, departs: str | None = None,
-        depends_on: str | None = None,
+        depends_on: str | None = None, arms: Seeds | None = None,
     ) -> Claim:  # fmt: skip
-        """Judge a statement of a survey and keep the verdict (`utils.claims.judge`)."""
+        """Judge a statement of a survey and keep the verdict (`utils.claims.judge`).
+
+        `arms` are what the evidence compares over seeds: their accuracies are printed, and where some have hardly begun to learn, the
+        verdict says so (`departs`).
+        """
+        if arms is not None:
+            print(self.arms(arms))
+            departs = "; ".join(filter(None, [departs, self._near_guessing(arms)])) or None
         conditions = {"departs": departs, "depends_on": depends_on}
         claim = judge(id, statement, source, unit, evidence, self.profile.name, self._section, self.machine, **conditions)
         self.claims = self._in_order([*self.claims, claim])
@@ -375,6 +383,22 @@ class Board:
         if claim.verdict == "not tested" and self.profile.name != "smoke":
             print(results.verdict_of_record(self.chapter, id))
         return claim
+
+    def arms(self, found: Seeds) -> str:
+        """What was compared over seeds: every way's accuracy, seed by seed, and which have hardly left guessing."""
+        lines = [f"{name}: {found.mean(name):.1f} %" + (f" ({', '.join(f'{one:.1f}' for one in each)})" if len(each) > 1 else "")
+                 for name, each in found.accuracies.items()]  # fmt: skip
+        low = self._near_guessing(found)
+        lines.append(f"always naming the most frequent label: {100 * self.task.majority_accuracy():.1f} %")
+        lines += [f"{low}: a difference from these tells who leaves guessing first, not who learns more"] if low else []
+        return "\n".join(textwrap.fill(line, results.COLUMNS, subsequent_indent="    ") for line in lines)
+
+    def _near_guessing(self, found: Seeds) -> str:
+        """Which ways end less than `NEAR` points above guessing, and with how many of the seeds; empty where none does."""
+        floor = 100 * self.task.majority_accuracy() + NEAR
+        low = {name: int((each < floor).sum()) for name, each in found.accuracies.items()}
+        told = [f"{name} ({count} of {len(found[name])})" for name, count in low.items() if count]
+        return f"less than {NEAR} points above the most frequent label: {', '.join(told)}" if told else ""
 
     @functools.cached_property
     def machine(self) -> str:

@@ -85,6 +85,10 @@ class Seeds:
     def __getitem__(self, name: str) -> np.ndarray:
         return self.accuracies[name]
 
+    def only(self, *names: str) -> "Seeds":
+        """Those of the named ways that were run: the arms of one claim."""
+        return Seeds({name: self.accuracies[name] for name in names if name in self.accuracies})
+
     def mean(self, name: str) -> float:
         """Mean accuracy over the seeds."""
         return float(self.accuracies[name].mean())

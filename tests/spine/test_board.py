@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from utils.metrics import Estimate
 from utils.pruning.magnitude import magnitude_masks
 from utils.pruning.masks import apply_masks, hold_masks, release_masks
 from utils.structure import remove_layers
+from utils.trials import Seeds
 
 
 def half(model) -> None:
@@ -223,6 +225,29 @@ def test_a_row_stands_for_its_way_with_the_boards_own_seed(board, monkeypatch):
     found = board.over_seeds({"way": wrong, "other": wrong}, rows={"way": "the row"})
     assert found["way"].tolist() == [100, 0] and found["other"].tolist() == [0, 0]
     assert trained == [board.seed, board.seed + 1, board.seed + 1]
+
+
+def test_a_claim_says_which_of_its_arms_have_hardly_begun_to_learn(board, capsys, monkeypatch):
+    monkeypatch.setattr(board, "profile", replace(board.profile, name="full"))
+    floor = 100 * board.task.majority_accuracy()
+    good, mixed, low = (np.array([floor + more for more in each]) for each in ((20, 21, 22), (5, 4, 9), (-1, 0, 1)))
+    arms = Seeds({"good": good, "mixed": mixed, "low": low})
+
+    def claim(second: str, **options):
+        seeds = arms.only("good", second)
+        evidence = [Evidence("difference", seeds.difference("good", second), "above")]
+        return board.claim("C1", "It is better", "someone", "seed", evidence, arms=seeds, **options)
+
+    told = "less than 5 points above the most frequent label: "
+    assert claim("good").departs is None and told not in capsys.readouterr().out
+    assert claim("mixed", departs="shorter").departs == f"shorter; {told}mixed (1 of 3)"
+    found = claim("low")
+    assert found.verdict == "supported" and found.departs == f"{told}low (3 of 3)"
+    printed = capsys.readouterr().out
+    assert f"good: {floor + 21:.1f} % ({floor + 20:.1f}, {floor + 21:.1f}, {floor + 22:.1f})" in printed
+    assert f"always naming the most frequent label: {floor:.1f} %" in printed
+    evidence = [Evidence("difference", arms.difference("low", "good"), "above")]
+    assert board.claim("C1", "It is better", "someone", "seed", evidence, arms=arms).verdict == "not tested as stated"
 
 
 def test_claims_about_time_name_their_machine(board, capsys):
